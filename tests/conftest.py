@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.tiny import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real data sets; tests that need it are skipped without."""
+    folder = os.environ.get("EFFPLUGIN_DATA")
+    if not folder:
+        pytest.skip("EFFPLUGIN_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """Makes, once per session, the tiny checkpoint of a family: `tiny("Qwen3")`."""
+    made: dict[str, Path] = {}
+
+    def checkpoint(family: str = "Llama") -> Path:
+        if family not in made:
+            made[family] = make_checkpoint(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return checkpoint

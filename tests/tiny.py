@@ -1,0 +1,110 @@
+"""Tiny random checkpoints of each family, and real vLLM engines on them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+LAYERS = 12
+VOCAB = 256
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+    "Mistral": ("MistralForCausalLM", {"sliding_window": None, "head_dim": 32}),
+    "Qwen2": ("Qwen2ForCausalLM", {}),
+    "Qwen3": ("Qwen3ForCausalLM", {"head_dim": 64}),
+}
+
+
+def architecture(family: str) -> str:
+    """The family's stock architecture name."""
+    return FAMILIES[family][0]
+
+
+def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Path:
+    """Write a random fp32 checkpoint whose norms, biases and deltas all matter to the logits."""
+    name, special = FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **special, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif parameter_name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.08 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def overrides(family: str, efficiency: dict[str, Any] | None) -> dict[str, Any]:
+    """`hf_overrides` that serve a stock checkpoint through our architecture."""
+    changed: dict[str, Any] = {
+        "architectures": [architecture(family).replace(family, f"Efficient{family}")]
+    }
+    if efficiency is not None:
+        changed["efficiency"] = efficiency
+    return changed
+
+
+@contextlib.contextmanager
+def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
+    """A real vLLM engine on CPU: in this process, or over the `mp` executor for `tp` > 1."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    llm = None
+    try:
+        llm = LLM(
+            model=str(model),
+            **{
+                "dtype": "float32",
+                "enforce_eager": True,
+                "skip_tokenizer_init": True,
+                "max_model_len": 512,
+                "tensor_parallel_size": tp,
+                "distributed_executor_backend": "mp" if tp > 1 else None,
+                "disable_log_stats": True,
+                **options,
+            },
+        )
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,22 @@
+"""vllm-effplugin: less work per token in a stock `vllm serve`."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("vllm-effplugin")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0.0.0"
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; vLLM calls it in every process, perhaps repeatedly.
+
+    Raises:
+        RuntimeError: when the installed vLLM is outside the supported window.
+    """
+    from vllm_effplugin.engine.compat import check_vllm_version
+
+    check_vllm_version()
+    from vllm_effplugin.engine.registration import register_models
+
+    register_models()

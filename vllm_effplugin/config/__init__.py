@@ -1,0 +1,13 @@
+"""What a checkpoint does: the validated `efficiency` block of its `config.json`.
+
+This package imports neither vLLM nor torch.
+"""
+
+from vllm_effplugin.config.efficiency import (
+    ARCHITECTURES,
+    EfficiencyConfig,
+    efficient_architecture,
+    parse_efficiency,
+)
+
+__all__ = ["ARCHITECTURES", "EfficiencyConfig", "efficient_architecture", "parse_efficiency"]

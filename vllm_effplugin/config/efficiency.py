@@ -1,0 +1,83 @@
+"""The `efficiency` block: one optional section per technique."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
+
+ARCHITECTURES: dict[str, str] = {
+    "LlamaForCausalLM": "EfficientLlamaForCausalLM",
+    "MistralForCausalLM": "EfficientMistralForCausalLM",
+    "Qwen2ForCausalLM": "EfficientQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "EfficientQwen3ForCausalLM",
+}
+"""Stock architecture name -> ours, as written to `architectures` in `config.json`."""
+
+
+class EfficiencyConfig(BaseModel):
+    """What an efficient checkpoint does differently from its base model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = Field(1, description="Version of this block's layout.")
+    layer_parallel: LayerParallelConfig | None = Field(
+        None, description="Adjacent layers that run concurrently (CQIL)."
+    )
+
+    def validate_for(self, num_layers: int) -> None:
+        """Check what depends on the model: layer indices lie inside it.
+
+        Args:
+            num_layers: `num_hidden_layers` of the base model.
+
+        Raises:
+            ConfigError: naming the field and the value.
+        """
+        if self.layer_parallel is not None:
+            self.layer_parallel.resolve_groups(num_layers)
+
+
+def parse_efficiency(block: Any) -> EfficiencyConfig:
+    """Validate an `efficiency` block as found in `config.json` or `--hf-overrides`.
+
+    Args:
+        block: the JSON object, or None for a checkpoint without one (a trivial plan).
+
+    Raises:
+        ConfigError: naming every field that is unknown or has an impossible value.
+    """
+    if block is None:
+        return EfficiencyConfig()
+    if isinstance(block, EfficiencyConfig):
+        return block
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"`efficiency` must be a JSON object, got {type(block).__name__}")
+    try:
+        return EfficiencyConfig.model_validate(dict(block))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"efficiency.{'.'.join(str(part) for part in item['loc'])}: "
+            f"{item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        )
+        raise ConfigError(problems) from None
+
+
+def efficient_architecture(stock: str) -> str:
+    """Our architecture name for a stock one.
+
+    Raises:
+        ConfigError: for a family that is not supported, naming those that are.
+    """
+    if stock in ARCHITECTURES.values():
+        return stock
+    if stock not in ARCHITECTURES:
+        raise ConfigError(
+            f"architecture {stock!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[stock]

@@ -1,0 +1,1 @@
+"""All that knows vLLM's internals, in one place. `contract.py` lists each interface by name."""

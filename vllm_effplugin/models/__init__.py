@@ -1,0 +1,1 @@
+"""Thin vLLM model classes that execute a plan."""

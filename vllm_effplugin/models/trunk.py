@@ -1,0 +1,131 @@
+"""The decoder trunk: vLLM's own, with its layers arranged by a plan.
+
+Mixed into a family's trunk class. The trunk with a single segment is compiled whole, exactly as
+vLLM compiles the stock model; with boundaries, each segment is compiled by itself and the trunk
+runs uncompiled between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.sequence import IntermediateTensors
+
+from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.engine.admission import plan_for
+from vllm_effplugin.engine.segments import build_segments, run_units
+from vllm_effplugin.plan import Plan
+from vllm_effplugin.techniques.layer_parallel.layer import (
+    AttentionFactory,
+    LayerGroup,
+    group_class,
+)
+from vllm_effplugin.techniques.layer_parallel.weights import GroupCollector
+
+LayerFactory = Callable[..., nn.Module]
+
+
+def compile_trunk(cls: type[Any]) -> type[Any]:
+    """Decorator: compile the trunk as one graph when its plan has a single segment."""
+    return support_torch_compile(
+        dynamic_arg_dims={
+            "input_ids": {0: "b"},
+            "positions": {-1: "b"},
+            "intermediate_tensors": {0: "b"},
+            "inputs_embeds": {0: "b"},
+        },
+        enable_if=_is_single_segment,
+    )(cls)
+
+
+def _is_single_segment(vllm_config: VllmConfig) -> bool:
+    return not plan_for(vllm_config.model_config.hf_config).boundaries
+
+
+def layer_factory(
+    vllm_config: VllmConfig, plan: Plan, single: LayerFactory, attention: AttentionFactory
+) -> LayerFactory:
+    """What to build at each layer index: a layer, a group at its first index, or nothing.
+
+    Args:
+        single: the family's own layer, called as the family's trunk calls it.
+        attention: the family's attention, with the heads of several layers.
+    """
+    efficiency = parse_efficiency(getattr(vllm_config.model_config.hf_config, "efficiency", None))
+    unit_of = dict(plan.unit_of())
+
+    def build(*args: Any, prefix: str, **kwargs: Any) -> nn.Module:
+        index = int(prefix.rsplit(".", 1)[-1])
+        unit = unit_of[index]
+        if not unit.is_group:
+            return single(*args, prefix=prefix, **kwargs)
+        if index != unit.first:
+            return PPMissingLayer()
+        assert efficiency.layer_parallel is not None
+        group = group_class(efficiency.layer_parallel)
+        return group(vllm_config, unit, efficiency.layer_parallel, attention, prefix)
+
+    return build
+
+
+class PlannedTrunk(nn.Module):
+    """Executes a plan: embedding, segment, boundary, segment, ..., final norm."""
+
+    plan: Plan
+    layers: nn.ModuleList
+    norm: nn.Module
+    embed_input_ids: Callable[[Tensor], Tensor]
+
+    def arrange(self, vllm_config: VllmConfig, prefix: str) -> None:
+        """Split the built layers into segments. The last step of a family's `__init__`."""
+        self.segments = build_segments(self.plan, self.layers, vllm_config, prefix)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states `[T, d]` after the final norm, from `[T]` token ids or their embeddings."""
+        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        residual = None
+        if self.segments is None:
+            hidden, residual = run_units(self.plan.units, self.layers, positions, hidden, residual)
+        else:
+            for segment, _boundary in zip_longest(self.segments, self.plan.boundaries):
+                hidden, residual = segment(positions, hidden, residual)
+        hidden, _ = self.norm(hidden, residual)
+        return hidden
+
+
+def arranged_weights(
+    weights: Iterable[tuple[str, Tensor]], model: nn.Module, extra_prefix: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Rewrite a stream of checkpoint tensors for the modules of the plan.
+
+    Tensors of ordinary layers pass unchanged, in order. Those of grouped layers are gathered and
+    leave fused, at the end. Tensors of the extra file replace the base tensors of their name.
+
+    Args:
+        model: the causal language model, with `model.plan` and `model.layers`.
+        extra_prefix: marks the names of the extra file.
+    """
+    trunk: PlannedTrunk = model.model
+    collector = GroupCollector(trunk.plan.groups)
+    for name, tensor in weights:
+        name = name.removeprefix(extra_prefix)
+        if not collector.take(name, tensor):
+            yield name, tensor
+    for unit, members in collector.groups():
+        group: LayerGroup = trunk.layers[unit.first]
+        for name, tensor in group.fuse(members).items():
+            yield f"{collector.prefix}{unit.first}.{name}", tensor
+
+

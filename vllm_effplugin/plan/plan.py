@@ -1,0 +1,154 @@
+"""Units, segments and boundaries.
+
+A plan is an ordered list of segments with a boundary between any two of them. A segment is a run
+of units that is compiled together; a unit is one layer or one group of layers that run
+concurrently. The set of rows in a batch changes only at a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One layer, or one group of consecutive layers that share their input."""
+
+    layers: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """Index of the first layer; it names the unit's modules and its KV cache."""
+        return self.layers[0]
+
+    @property
+    def is_group(self) -> bool:
+        """Whether the unit runs more than one layer."""
+        return len(self.layers) > 1
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A point after layer `after` where rows may leave or join the batch.
+
+    `kind` names the technique that acts there. `split` does nothing: rows pass unchanged.
+    """
+
+    after: int
+    kind: str = "split"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Units that run back to back on the same rows."""
+
+    units: tuple[Unit, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer of the segment, in order."""
+        return tuple(layer for unit in self.units for layer in unit.layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`segments[i]` is followed by `boundaries[i]`, except the last."""
+
+    segments: tuple[Segment, ...]
+    boundaries: tuple[Boundary, ...] = ()
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All units, in order."""
+        return tuple(unit for segment in self.segments for unit in segment.units)
+
+    @property
+    def groups(self) -> tuple[Unit, ...]:
+        """The units that run several layers."""
+        return tuple(unit for unit in self.units if unit.is_group)
+
+    @property
+    def depth(self) -> int:
+        """Sequential steps: the number of units."""
+        return len(self.units)
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether the plan is the stock model: every layer alone, no boundary."""
+        return not self.groups and not self.boundaries
+
+    def unit_of(self) -> Iterator[tuple[int, Unit]]:
+        """Pairs of (layer, the unit it belongs to), in layer order."""
+        for unit in self.units:
+            for layer in unit.layers:
+                yield layer, unit
+
+    def describe(self) -> str:
+        """One line for logs: `0-11 [12 13] [14 15] 16-29`; `|` marks a boundary."""
+        return " | ".join(_describe_segment(segment) for segment in self.segments)
+
+
+def _describe_segment(segment: Segment) -> str:
+    parts: list[str] = []
+    run: list[int] = []
+
+    def close_run() -> None:
+        if run:
+            parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+            run.clear()
+
+    for unit in segment.units:
+        if unit.is_group:
+            close_run()
+            parts.append("[" + " ".join(map(str, unit.layers)) + "]")
+        else:
+            run.append(unit.first)
+    close_run()
+    return " ".join(parts)
+
+
+def build_plan(
+    config: EfficiencyConfig, num_layers: int, boundaries: Iterable[Boundary] = ()
+) -> Plan:
+    """Turn a configuration into the plan that the model executes.
+
+    Args:
+        config: the validated `efficiency` block.
+        num_layers: layers of the base model.
+        boundaries: points where the row set may change, from the techniques that need them.
+
+    Raises:
+        ConfigError: a group or boundary outside the model, or a boundary inside a group.
+    """
+    groups = config.layer_parallel.resolve_groups(num_layers) if config.layer_parallel else ()
+    starts = {group[0]: group for group in groups}
+    units: list[Unit] = []
+    layer = 0
+    while layer < num_layers:
+        unit = Unit(starts.get(layer, (layer,)))
+        units.append(unit)
+        layer = unit.layers[-1] + 1
+
+    ordered = tuple(sorted(boundaries, key=lambda boundary: boundary.after))
+    segments: list[Segment] = []
+    rest = units
+    for boundary in ordered:
+        cut = next((i for i, u in enumerate(rest) if u.layers[-1] == boundary.after), None)
+        if cut is None or cut + 1 == len(rest):
+            raise ConfigError(_misplaced(boundary, units, num_layers))
+        segments.append(Segment(tuple(rest[: cut + 1])))
+        rest = rest[cut + 1 :]
+    segments.append(Segment(tuple(rest)))
+    return Plan(tuple(segments), ordered)
+
+
+def _misplaced(boundary: Boundary, units: list[Unit], num_layers: int) -> str:
+    where = f"{boundary.kind} boundary after layer {boundary.after}"
+    for unit in units:
+        if boundary.after in unit.layers[:-1]:
+            return f"{where} lies inside the group {list(unit.layers)}; move it or the group"
+    return f"{where} must lie inside the model of {num_layers} layers, once per layer"

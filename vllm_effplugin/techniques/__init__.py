@@ -1,0 +1,1 @@
+"""One folder per technique: its configuration, layers, reference, preparation and training."""

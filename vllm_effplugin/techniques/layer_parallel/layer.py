@@ -1,0 +1,248 @@
+"""A group of layers as one vLLM module.
+
+Two schedules, one interface: both are called like vLLM's decoder layers, with the hidden states
+and the residual of the step before, and return the pair for the step after.
+
+Shapes: `T` tokens, `d` hidden size, `p` members of the group, `k` members on this rank,
+`H` heads and `D` head size of one member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.models.llama import LlamaMLP
+
+from vllm_effplugin.plan import Unit
+from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
+from vllm_effplugin.techniques.layer_parallel.placement import local_members
+from vllm_effplugin.techniques.layer_parallel.weights import (
+    LayerTensors,
+    fuse_bypass,
+    fuse_wide,
+)
+
+AttentionFactory = Callable[[VllmConfig, int, str], nn.Module]
+"""Builds a family's attention with the heads of `size` layers: (vllm_config, size, prefix)."""
+
+
+class _PassThrough(nn.Module):
+    """Stands where a family's attention has its output projection, when members have their own."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+
+class BypassGroup(nn.Module):
+    """`y = x + sum_j [A_j(x) + M_j(x + A_j(x) + b_j)]` (CQIL, section 3.1).
+
+    Each rank owns `k = p / tensor_parallel_size` whole members: with `k = 1`, one layer per rank,
+    the group costs one all-reduce. A bypass needs the attention deltas of the other ranks, one
+    all-gather more. Members on the same rank share one QKV projection, one attention call and one
+    down projection.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        unit: Unit,
+        config: LayerParallelConfig,
+        attention: AttentionFactory,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        hf_config = vllm_config.model_config.hf_config
+        size = len(unit.layers)
+        self.tp_size = get_tensor_model_parallel_world_size()
+        self.members = local_members(size, self.tp_size, get_tensor_model_parallel_rank())
+        self.bypass = config.bypass
+        self.double_count_bypass = config.double_count_bypass
+
+        hidden, eps = hf_config.hidden_size, hf_config.rms_norm_eps
+        k = len(self.members)
+        self.input_layernorm = RMSNorm(hidden, eps=eps, has_weight=k == 1)
+        self.self_attn = attention(vllm_config, size, f"{prefix}.self_attn")
+        o_proj = self.self_attn.o_proj
+        self.self_attn.o_proj = _PassThrough()
+        mlp_bias = getattr(hf_config, "mlp_bias", False)
+        self.o_proj = nn.ModuleList(
+            ReplicatedLinear(
+                o_proj.input_size // size,
+                hidden,
+                bias=o_proj.bias is not None,
+                prefix=f"{prefix}.o_proj.{slot}",
+                return_bias=False,
+            )
+            for slot in range(k)
+        )
+        self.post_attention_layernorm = nn.ModuleList(RMSNorm(hidden, eps=eps) for _ in range(k))
+        self.gate_up_proj = nn.ModuleList(
+            MergedColumnParallelLinear(
+                hidden,
+                [hf_config.intermediate_size] * 2,
+                bias=mlp_bias,
+                prefix=f"{prefix}.gate_up_proj.{slot}",
+                disable_tp=True,
+                return_bias=False,
+            )
+            for slot in range(k)
+        )
+        self.act_fn = SiluAndMul()
+        self.down_proj = ReplicatedLinear(
+            k * hf_config.intermediate_size,
+            hidden,
+            bias=mlp_bias,
+            prefix=f"{prefix}.down_proj",
+            return_bias=False,
+        )
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both tensors `[T, d]`; the group's input `x` is their sum."""
+        if residual is None:
+            x = hidden_states
+            normed = self.input_layernorm(x)
+        else:
+            normed, x = self.input_layernorm(hidden_states, residual)
+        heads = self.self_attn(positions=positions, hidden_states=normed)  # [T, k * H * D]
+        attention = [
+            project(part) for project, part in zip(self.o_proj, heads.chunk(len(self.members), -1))
+        ]  # k deltas A_j, [T, d]
+        bypass = self._bypass(attention)
+        activations = [
+            self.act_fn(gate_up(norm(x + delta if extra is None else x + delta + extra)))
+            for delta, extra, norm, gate_up in zip(
+                attention, bypass, self.post_attention_layernorm, self.gate_up_proj
+            )
+        ]
+        output = self.down_proj(
+            activations[0] if len(activations) == 1 else torch.cat(activations, dim=-1)
+        )
+        for delta, extra in zip(attention, bypass):
+            output = output + delta
+            if self.double_count_bypass and extra is not None:
+                output = output + extra
+        if self.tp_size > 1:
+            output = tensor_model_parallel_all_reduce(output)
+        return output, x
+
+    def fuse(self, members: list[LayerTensors]) -> LayerTensors:
+        """The tensors that this module loads, from those of the group's layers."""
+        return fuse_bypass(members, self.members)
+
+    def _bypass(self, attention: list[Tensor]) -> list[Tensor | None]:
+        """`b_j`, the sum of the deltas of the `min(d, j)` members before member `j`."""
+        if self.bypass == 0:
+            return [None] * len(attention)
+        if self.tp_size > 1:
+            tokens = attention[0].shape[0]
+            stacked = torch.cat(attention)  # [k * T, d]
+            gathered = tensor_model_parallel_all_gather(stacked, dim=0)  # [p * T, d]
+            attention = list(gathered.split(tokens))
+        shifts: list[Tensor | None] = []
+        for member in self.members:
+            before = attention[max(0, member - self.bypass) : member]
+            shifts.append(sum(before[1:], before[0]) if before else None)
+        return shifts
+
+
+class FusedGroup(nn.Module):
+    """`u = x + sum_i A_i(x)`, `y = u + sum_j M_j(u)`: one ordinary layer, `p` times as wide.
+
+    Four projections and one attention call for the whole group. Under tensor parallelism it is
+    split like any layer, with two all-reduces; where the group size is a multiple of the ranks,
+    the split falls between members.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        unit: Unit,
+        config: LayerParallelConfig,
+        attention: AttentionFactory,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        del config  # the schedule has no parameters
+        hf_config = vllm_config.model_config.hf_config
+        size = len(unit.layers)
+        self.input_layernorm = RMSNorm(
+            hf_config.hidden_size, eps=hf_config.rms_norm_eps, has_weight=False
+        )
+        self.self_attn = attention(vllm_config, size, f"{prefix}.self_attn")
+        self.post_attention_layernorm = RMSNorm(
+            hf_config.hidden_size, eps=hf_config.rms_norm_eps, has_weight=False
+        )
+        self.mlp = LlamaMLP(
+            hidden_size=hf_config.hidden_size,
+            intermediate_size=size * hf_config.intermediate_size,
+            hidden_act=hf_config.hidden_act,
+            bias=getattr(hf_config, "mlp_bias", False),
+            prefix=f"{prefix}.mlp",
+        )
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both tensors `[T, d]`; the group's input `x` is their sum."""
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+    def fuse(self, members: list[LayerTensors]) -> LayerTensors:
+        """The tensors that this module loads, from those of the group's layers."""
+        return fuse_wide(members)
+
+
+LayerGroup = BypassGroup | FusedGroup
+
+
+def group_class(config: LayerParallelConfig) -> type[BypassGroup] | type[FusedGroup]:
+    """The module class of the configured schedule."""
+    return FusedGroup if config.schedule == "fused" else BypassGroup
+
+
+class MemberNorm(nn.Module):
+    """A per-head norm whose weight belongs to the member a head comes from (Qwen3's q and k norm).
+
+    Args:
+        heads: heads on this rank, of all its members.
+        norm: the family's norm, `weight` of shape `[D]`.
+    """
+
+    def __init__(self, heads: int, norm: RMSNorm) -> None:
+        super().__init__()
+        self.norm = RMSNorm(norm.hidden_size, eps=norm.variance_epsilon, has_weight=False)
+        self.weight = nn.Parameter(torch.ones(heads, norm.hidden_size), requires_grad=False)
+        self.weight.weight_loader = _load_head_weights
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """`[T, heads, D]` -> the same shape."""
+        return self.norm(heads) * self.weight
+
+
+def _load_head_weights(parameter: nn.Parameter, loaded: Tensor) -> None:
+    """Fill `[heads, D]` from one row per member, `[p, D]`; heads stand in member order."""
+    heads = parameter.shape[0]
+    total = heads * get_tensor_model_parallel_world_size()
+    per_head = loaded.repeat_interleave(total // loaded.shape[0], dim=0)
+    parameter.data.copy_(per_head.narrow(0, get_tensor_model_parallel_rank() * heads, heads))
