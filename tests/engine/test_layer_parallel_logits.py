@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import LAYERS, VOCAB, engine, overrides
 from transformers import AutoModelForCausalLM
 
+from tests.tiny import LAYERS, VOCAB, engine, overrides
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.plan import build_plan
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
@@ -64,9 +64,7 @@ def generate(llm, requests: list[list[int]]) -> list[tuple[list[int], torch.Tens
     params = SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=-1, detokenize=False
     )
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in requests], params, use_tqdm=False
-    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in requests], params, use_tqdm=False)
     results = []
     for output in outputs:
         completion = output.outputs[0]

@@ -142,11 +142,21 @@ def check_checkpoint(checkpoint: Path) -> EfficiencyConfig:
     """
     efficiency = read_efficiency(checkpoint)
     num_layers = int(read_model_config(checkpoint)["num_hidden_layers"])
+    check_extra_tensors(checkpoint, efficiency, num_layers)
+    return efficiency
+
+
+def check_extra_tensors(checkpoint: Path, efficiency: EfficiencyConfig, num_layers: int) -> None:
+    """Check that a directory holds the extra tensors that `efficiency` asks for, and no others.
+
+    Raises:
+        CheckpointError: naming what is missing, surplus, misshapen or damaged.
+    """
     path = checkpoint / EXTRA_FOLDER / EXTRA_FILE
     base = base_tensors(checkpoint)
     expected = replaced_tensor_names(efficiency, num_layers, base)
     if not expected and not path.exists():
-        return efficiency
+        return
     stored = stored_tensors(path)
     missing = sorted(expected - stored.keys())
     surplus = sorted(stored.keys() - expected)
@@ -155,7 +165,6 @@ def check_checkpoint(checkpoint: Path) -> EfficiencyConfig:
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             raise CheckpointError(f"{path} {problem} tensors: {shown}")
-    return efficiency
 
 
 def require_output(out: Path, *, overwrite: bool) -> None:
@@ -215,9 +224,7 @@ def write_checkpoint(
             if source.name not in ("config.json", PROVENANCE) and source.is_file():
                 _link(source, staging / source.name)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (staging / PROVENANCE).write_text(
-            json.dumps(provenance, indent=2) + "\n", encoding="utf-8"
-        )
+        (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         if tensors or files:
             (staging / EXTRA_FOLDER).mkdir()
         if tensors:

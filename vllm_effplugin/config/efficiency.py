@@ -28,6 +28,11 @@ class EfficiencyConfig(BaseModel):
     layer_parallel: LayerParallelConfig | None = Field(
         None, description="Adjacent layers that run concurrently (CQIL)."
     )
+    split_after: tuple[int, ...] = Field(
+        (),
+        description="Compile the stack in segments that end after these layers. Computes the "
+        "same; measures what segmentation costs.",
+    )
 
     def validate_for(self, num_layers: int) -> None:
         """Check what depends on the model: layer indices lie inside it.

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from vllm_effplugin.config import parse_efficiency
-from vllm_effplugin.config.checkpoint import check_checkpoint
+from vllm_effplugin.config.checkpoint import check_extra_tensors
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan, build_plan
 from vllm_effplugin.techniques.layer_parallel.placement import check_placement
@@ -36,11 +37,12 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             ConfigError, CheckpointError: naming the field or the tensor.
         """
         efficiency = parse_efficiency(getattr(model_config.hf_config, "efficiency", None))
-        efficiency.validate_for(model_config.hf_config.num_hidden_layers)
+        num_layers = model_config.hf_config.num_hidden_layers
+        efficiency.validate_for(num_layers)
         layer_parallel = efficiency.layer_parallel
         folder = Path(model_config.model)
         if layer_parallel is not None and layer_parallel.trained and folder.is_dir():
-            check_checkpoint(folder)
+            check_extra_tensors(folder, efficiency, num_layers)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -68,6 +70,11 @@ def _refuse_anywhere(vllm_config: VllmConfig) -> None:
         raise UnsupportedError(
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size} is not supported with an "
             "efficient checkpoint: use --tensor-parallel-size, or serve the base model"
+        )
+    if parallel.distributed_executor_backend == "ray" and not current_platform.ray_device_key:
+        raise UnsupportedError(
+            "--distributed-executor-backend ray is not supported by vLLM on its "
+            f"{current_platform.device_type} platform: use `mp`"
         )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":

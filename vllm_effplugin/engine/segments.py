@@ -71,8 +71,6 @@ def build_segments(
         tag = f"{prefix}.segment{index}"
         with set_model_tag(tag):
             segments.append(
-                _segment_class(index)(
-                    segment.units, layers, vllm_config=vllm_config, prefix=tag
-                )
+                _segment_class(index)(segment.units, layers, vllm_config=vllm_config, prefix=tag)
             )
     return nn.ModuleList(segments)

@@ -135,9 +135,7 @@ class EfficientQwen2Model(PlannedTrunk, Qwen2Model):
         layers = layer_factory(
             vllm_config, plan, Qwen2DecoderLayer, _llama_attention(LlamaAttention, bias=True)
         )
-        Qwen2Model.__init__(
-            self, vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layers
-        )
+        Qwen2Model.__init__(self, vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layers)
         self.plan = plan
         self.arrange(vllm_config, prefix)
 
@@ -150,9 +148,7 @@ class EfficientQwen3Model(PlannedTrunk, Qwen3Model):
         plan = plan_for(vllm_config.model_config.hf_config)
         layers = layer_factory(vllm_config, plan, Qwen3DecoderLayer, _qwen3_attention)
         # Qwen3Model adds nothing to Qwen2Model's constructor but a fixed layer class.
-        Qwen2Model.__init__(
-            self, vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layers
-        )
+        Qwen2Model.__init__(self, vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layers)
         self.plan = plan
         self.arrange(vllm_config, prefix)
 
@@ -169,9 +165,7 @@ class _EfficientForCausalLM(nn.Module):
         self.config = hf_config
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config
-        self.model = self.trunk_class(
-            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
-        )
+        self.model = self.trunk_class(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             hf_config.vocab_size,
             hf_config.hidden_size,

@@ -58,7 +58,7 @@ def layer_factory(
         attention: the family's attention, with the heads of several layers.
     """
     efficiency = parse_efficiency(getattr(vllm_config.model_config.hf_config, "efficiency", None))
-    unit_of = dict(plan.unit_of())
+    unit_of = plan.unit_of
 
     def build(*args: Any, prefix: str, **kwargs: Any) -> nn.Module:
         index = int(prefix.rsplit(".", 1)[-1])
@@ -127,5 +127,3 @@ def arranged_weights(
         group: LayerGroup = trunk.layers[unit.first]
         for name, tensor in group.fuse(members).items():
             yield f"{collector.prefix}{unit.first}.{name}", tensor
-
-

@@ -7,7 +7,6 @@ concurrently. The set of rows in a batch changes only at a boundary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vllm_effplugin.config import EfficiencyConfig
@@ -81,11 +80,10 @@ class Plan:
         """Whether the plan is the stock model: every layer alone, no boundary."""
         return not self.groups and not self.boundaries
 
-    def unit_of(self) -> Iterator[tuple[int, Unit]]:
-        """Pairs of (layer, the unit it belongs to), in layer order."""
-        for unit in self.units:
-            for layer in unit.layers:
-                yield layer, unit
+    @property
+    def unit_of(self) -> dict[int, Unit]:
+        """For each layer the unit it belongs to, in layer order."""
+        return {layer: unit for unit in self.units for layer in unit.layers}
 
     def describe(self) -> str:
         """One line for logs: `0-11 [12 13] [14 15] 16-29`; `|` marks a boundary."""
@@ -111,15 +109,12 @@ def _describe_segment(segment: Segment) -> str:
     return " ".join(parts)
 
 
-def build_plan(
-    config: EfficiencyConfig, num_layers: int, boundaries: Iterable[Boundary] = ()
-) -> Plan:
+def build_plan(config: EfficiencyConfig, num_layers: int) -> Plan:
     """Turn a configuration into the plan that the model executes.
 
     Args:
         config: the validated `efficiency` block.
         num_layers: layers of the base model.
-        boundaries: points where the row set may change, from the techniques that need them.
 
     Raises:
         ConfigError: a group or boundary outside the model, or a boundary inside a group.
@@ -133,17 +128,17 @@ def build_plan(
         units.append(unit)
         layer = unit.layers[-1] + 1
 
-    ordered = tuple(sorted(boundaries, key=lambda boundary: boundary.after))
+    boundaries = tuple(Boundary(layer) for layer in sorted(config.split_after))
     segments: list[Segment] = []
     rest = units
-    for boundary in ordered:
+    for boundary in boundaries:
         cut = next((i for i, u in enumerate(rest) if u.layers[-1] == boundary.after), None)
         if cut is None or cut + 1 == len(rest):
             raise ConfigError(_misplaced(boundary, units, num_layers))
         segments.append(Segment(tuple(rest[: cut + 1])))
         rest = rest[cut + 1 :]
     segments.append(Segment(tuple(rest)))
-    return Plan(tuple(segments), ordered)
+    return Plan(tuple(segments), boundaries)
 
 
 def _misplaced(boundary: Boundary, units: list[Unit], num_layers: int) -> str:

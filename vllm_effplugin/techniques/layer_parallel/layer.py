@@ -10,7 +10,6 @@ Shapes: `T` tokens, `d` hidden size, `p` members of the group, `k` members on th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,23 +118,22 @@ class BypassGroup(nn.Module):
         else:
             normed, x = self.input_layernorm(hidden_states, residual)
         heads = self.self_attn(positions=positions, hidden_states=normed)  # [T, k * H * D]
+        k = len(self.members)
         attention = [
-            project(part) for project, part in zip(self.o_proj, heads.chunk(len(self.members), -1))
+            self.o_proj[slot](part) for slot, part in enumerate(heads.chunk(k, dim=-1))
         ]  # k deltas A_j, [T, d]
         bypass = self._bypass(attention)
-        activations = [
-            self.act_fn(gate_up(norm(x + delta if extra is None else x + delta + extra)))
-            for delta, extra, norm, gate_up in zip(
-                attention, bypass, self.post_attention_layernorm, self.gate_up_proj
-            )
-        ]
-        output = self.down_proj(
-            activations[0] if len(activations) == 1 else torch.cat(activations, dim=-1)
-        )
-        for delta, extra in zip(attention, bypass):
-            output = output + delta
+        activations = []
+        output = None
+        for slot, (delta, extra) in enumerate(zip(attention, bypass, strict=True)):
+            u = x + delta if extra is None else x + delta + extra
+            gate_up = self.gate_up_proj[slot](self.post_attention_layernorm[slot](u))
+            activations.append(self.act_fn(gate_up))
             if self.double_count_bypass and extra is not None:
-                output = output + extra
+                delta = delta + extra
+            output = delta if output is None else output + delta
+        wide = activations[0] if k == 1 else torch.cat(activations, dim=-1)
+        output = output + self.down_proj(wide)
         if self.tp_size > 1:
             output = tensor_model_parallel_all_reduce(output)
         return output, x

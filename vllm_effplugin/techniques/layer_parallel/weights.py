@@ -140,7 +140,5 @@ class GroupCollector:
                 raise CheckpointError(f"the checkpoint has no tensors of layers {unit.layers}")
             for layer, member in zip(unit.layers, members, strict=True):
                 if missing := sorted(names - member.keys()):
-                    raise CheckpointError(
-                        f"the checkpoint lacks {self.prefix}{layer}.{missing[0]}"
-                    )
+                    raise CheckpointError(f"the checkpoint lacks {self.prefix}{layer}.{missing[0]}")
             yield unit, members

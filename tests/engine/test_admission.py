@@ -1,0 +1,126 @@
+"""Unsupported combinations are refused while the configuration is built, by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import overrides
+from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.config.checkpoint import (
+    base_tensors,
+    replaced_tensor_names,
+    write_checkpoint,
+)
+
+PAIRS = {"layer_parallel": {"groups": [[2, 3], [4, 5]]}}
+TRIPLES = {"layer_parallel": {"groups": [[2, 3, 4]]}}
+
+
+def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **options):
+    """The configuration that `vllm serve` would build; starts nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        hf_overrides=options.pop("hf_overrides", None) or overrides(family, efficiency),
+        **options,
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "options", "named"),
+    [
+        (PAIRS, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        (PAIRS, {"enable_lora": True}, "--enable-lora"),
+        (PAIRS, {"quantization": "fp8"}, "quantization 'fp8'"),
+        (
+            PAIRS,
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
+        ),
+        (TRIPLES, {"tensor_parallel_size": 2}, r"--tensor-parallel-size 2.*\[2, 3, 4\].*fused"),
+        (PAIRS, {"tensor_parallel_size": 4}, r"--tensor-parallel-size 4.*\[2, 3\]"),
+        ({"layer_parallel": {"groups": [[11, 12]]}}, {}, r"\[11, 12\] is outside the model"),
+        ({"layer_paralel": {}}, {}, "layer_paralel"),
+        ({"layer_parallel": {"groups": [[2, 3]], "bypass": 2}}, {}, "bypass"),
+        ({"layer_parallel": {"groups": [[2, 3]], "trained": True}}, {}, "is missing"),
+    ],
+)
+def test_refused(tiny, efficiency, options, named):
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        build(tiny(), efficiency=efficiency, **options)
+
+
+def test_a_draft_model_is_refused(tiny):
+    speculative = {"method": "draft_model", "model": str(tiny()), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="--speculative-config method 'draft_model'"):
+        build(tiny(), efficiency=PAIRS, speculative_config=speculative)
+
+
+def test_mixed_attention_in_a_group_is_refused(tiny):
+    kinds = ["sliding_attention", "full_attention"] * 6
+    changed = {**overrides("Llama", PAIRS), "layer_types": kinds, "sliding_window": 64}
+    with pytest.raises(ValueError, match=r"\[2, 3\] mixes kinds of attention"):
+        build(tiny(), hf_overrides=changed)
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "options"),
+    [
+        (PAIRS, {}),
+        (PAIRS, {"tensor_parallel_size": 2}),
+        (None, {"enable_lora": True}),
+        (
+            {"layer_parallel": {"groups": [[2, 3, 4]], "schedule": "fused"}},
+            {"tensor_parallel_size": 2},
+        ),
+        (
+            PAIRS,
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                }
+            },
+        ),
+    ],
+)
+def test_accepted(tiny, efficiency, options):
+    build(tiny(), efficiency=efficiency, **options)
+
+
+def test_extra_tensors_are_checked_at_start(tiny, tmp_path):
+    from safetensors.torch import load_file
+
+    efficiency = parse_efficiency({"layer_parallel": {"groups": [[2, 3]], "trained": True}})
+    stored = load_file(tiny() / "model.safetensors")
+    names = replaced_tensor_names(efficiency, 12, base_tensors(tiny()))
+    folder = tmp_path / "trained"
+    tensors = {name: stored[name] for name in names}
+    write_checkpoint(tiny(), folder, efficiency, tensors=tensors, provenance={})
+    build(folder, hf_overrides={"max_position_embeddings": 512})
+    config = json.loads((folder / "config.json").read_text())
+    config["efficiency"]["layer_parallel"]["groups"] = [[2, 3], [4, 5]]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lacks tensors: model\.layers\.4"):
+        build(folder, hf_overrides={"max_position_embeddings": 512})
+
+
+def test_ray_on_cpu_is_refused_in_a_clear_sentence(tiny):
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("vLLM refuses Ray on its CPU platform only")
+    with pytest.raises(ValueError, match=r"--distributed-executor-backend ray.*`mp`"):
+        build(
+            tiny(),
+            efficiency=PAIRS,
+            tensor_parallel_size=2,
+            distributed_executor_backend="ray",
+        )

@@ -1,0 +1,53 @@
+"""Off means off: without a technique the engine computes what stock vLLM computes, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.test_layer_parallel_logits import generate, prompts
+from tests.tiny import FAMILIES, architecture, engine, overrides
+
+TRIVIAL_PLANS = {
+    "no block": None,
+    "no groups": {"layer_parallel": {"groups": []}},
+}
+
+
+def run(model, changed, **options):
+    with engine(
+        model,
+        hf_overrides=changed,
+        max_logprobs=-1,
+        logprobs_mode="raw_logits",
+        max_num_batched_tokens=64,
+        **options,
+    ) as llm:
+        return generate(llm, prompts())
+
+
+def assert_identical(one, other):
+    for (tokens, logits), (other_tokens, other_logits) in zip(one, other, strict=True):
+        assert tokens == other_tokens
+        assert logits.equal(other_logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trivial_plan_is_the_stock_model(tiny, family):
+    stock = run(tiny(family), {"architectures": [architecture(family)]}, dtype="bfloat16")
+    for efficiency in TRIVIAL_PLANS.values():
+        ours = run(tiny(family), overrides(family, efficiency), dtype="bfloat16")
+        assert_identical(stock, ours)
+
+
+def test_segments_compute_what_the_whole_stack_computes(tiny):
+    stock = run(tiny(), {"architectures": [architecture("Llama")]}, dtype="bfloat16")
+    split = run(tiny(), overrides("Llama", {"split_after": [2, 3, 8]}), dtype="bfloat16")
+    assert_identical(stock, split)
+
+
+def test_compiled(tiny):
+    """The same under torch.compile, where each segment is a graph of its own."""
+    compiled = {"dtype": "bfloat16", "enforce_eager": False}
+    stock = run(tiny(), {"architectures": [architecture("Llama")]}, **compiled)
+    for efficiency in (None, {"split_after": [2, 3, 8]}):
+        assert_identical(stock, run(tiny(), overrides("Llama", efficiency), **compiled))

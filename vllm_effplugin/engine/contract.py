@@ -1,0 +1,225 @@
+"""Every vLLM interface that this package relies on, by name.
+
+`tests/engine/test_contract.py` checks each entry, and `effplugin doctor` all of them: when vLLM
+changes one, the failure names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One interface: where it is, which parameters it must take, and what we use it for.
+
+    `attribute` is a class, a function or a value, dotted for members of a class.
+    """
+
+    module: str
+    attribute: str
+    used_for: str
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The dotted name."""
+        return f"{self.module}.{self.attribute}"
+
+    def violation(self) -> str | None:
+        """What is wrong with it in the installed vLLM; None when it is as expected."""
+        try:
+            found = importlib.import_module(self.module)
+            for part in self.attribute.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            return f"{self.name} is gone (used for {self.used_for})"
+        if self.parameters:
+            missing = set(self.parameters) - set(_parameters(found))
+            if missing:
+                return (
+                    f"{self.name} no longer takes {', '.join(sorted(missing))} "
+                    f"(used for {self.used_for})"
+                )
+        return None
+
+
+def _parameters(function: Callable[..., object]) -> Iterable[str]:
+    """Parameter names; for a class decorated for compilation, of the constructor it wraps."""
+    if inspect.isfunction(function):
+        function = inspect.getclosurevars(function).nonlocals.get("old_init", function)
+    return inspect.signature(function).parameters
+
+
+_MODELS = "vllm.model_executor.models"
+_LAYERS = "vllm.model_executor.layers"
+
+CONTRACT: tuple[Interface, ...] = (
+    Interface(
+        f"{_MODELS}.registry",
+        "ModelRegistry.register_model",
+        "architectures",
+        ("model_arch", "model_cls"),
+    ),
+    Interface(f"{_MODELS}.registry", "ModelRegistry.get_supported_archs", "architectures"),
+    Interface(f"{_MODELS}.config", "MODELS_CONFIG_MAP", "start-up checks"),
+    Interface(
+        f"{_MODELS}.config",
+        "VerifyAndUpdateConfig.verify_and_update_config",
+        "start-up checks",
+        ("vllm_config",),
+    ),
+    Interface(
+        f"{_MODELS}.config",
+        "VerifyAndUpdateConfig.verify_and_update_model_config",
+        "start-up checks",
+        ("model_config",),
+    ),
+    Interface("vllm.config", "ModelConfig.get_head_size", "the width of grouped attention"),
+    Interface(
+        f"{_MODELS}.llama",
+        "LlamaModel.__init__",
+        "building a trunk from our layers",
+        ("vllm_config", "prefix", "layer_type"),
+    ),
+    Interface(
+        f"{_MODELS}.mistral",
+        "MistralModel.__init__",
+        "building a trunk from our layers",
+        ("vllm_config", "prefix", "layer_type"),
+    ),
+    Interface(
+        f"{_MODELS}.qwen2",
+        "Qwen2Model.__init__",
+        "building a trunk from our layers",
+        ("vllm_config", "prefix", "decoder_layer_type"),
+    ),
+    Interface(
+        f"{_MODELS}.qwen3",
+        "Qwen3Model.__init__",
+        "its constructor adding nothing to Qwen2Model's",
+        ("vllm_config", "prefix"),
+    ),
+    *(
+        Interface(
+            f"{_MODELS}.{family}",
+            f"{name}DecoderLayer.forward",
+            "calling a layer with the pair of hidden states and residual",
+            ("positions", "hidden_states", "residual"),
+        )
+        for family, name in (
+            ("llama", "Llama"),
+            ("mistral", "Mistral"),
+            ("qwen2", "Qwen2"),
+            ("qwen3", "Qwen3"),
+        )
+    ),
+    *(
+        Interface(
+            f"{_MODELS}.{family}",
+            f"{name}Attention.__init__",
+            "attention with the heads of several layers",
+            (
+                "config",
+                "hidden_size",
+                "num_heads",
+                "num_kv_heads",
+                "max_position_embeddings",
+                "bias",
+                "bias_o_proj",
+                "cache_config",
+                "prefix",
+            ),
+        )
+        for family, name in (("llama", "Llama"), ("mistral", "Mistral"))
+    ),
+    Interface(
+        f"{_MODELS}.qwen3",
+        "Qwen3Attention.__init__",
+        "attention with the heads of several layers",
+        (
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "max_position",
+            "head_dim",
+            "rms_norm_eps",
+            "qkv_bias",
+            "cache_config",
+            "rope_parameters",
+            "prefix",
+        ),
+    ),
+    Interface(
+        f"{_MODELS}.llama",
+        "LlamaMLP.__init__",
+        "the MLP of a fused group",
+        ("hidden_size", "intermediate_size", "hidden_act", "bias", "prefix"),
+    ),
+    *(
+        Interface(f"{_MODELS}.{family}", f"{name}ForCausalLM.load_weights", "loading", ("weights",))
+        for family, name in (
+            ("llama", "Llama"),
+            ("mistral", "Mistral"),
+            ("qwen2", "Qwen2"),
+            ("qwen3", "Qwen3"),
+        )
+    ),
+    Interface(f"{_MODELS}.utils", "PPMissingLayer", "the places of grouped layers"),
+    Interface(f"{_MODELS}.utils", "maybe_prefix", "module names"),
+    Interface(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader.Source",
+        "the extra tensors of a checkpoint (`model.secondary_weights`)",
+        ("model_or_path", "revision", "subfolder", "prefix", "allow_patterns_overrides"),
+    ),
+    Interface(f"{_LAYERS}.activation", "SiluAndMul", "a group's MLPs"),
+    Interface(
+        f"{_LAYERS}.layernorm",
+        "RMSNorm.__init__",
+        "norms whose weight moved into a projection",
+        ("hidden_size", "eps", "has_weight"),
+    ),
+    Interface(
+        f"{_LAYERS}.linear",
+        "ReplicatedLinear.__init__",
+        "projections of the members that a rank owns",
+        ("input_size", "output_size", "bias", "prefix", "return_bias"),
+    ),
+    Interface(
+        f"{_LAYERS}.linear",
+        "MergedColumnParallelLinear.__init__",
+        "projections of the members that a rank owns",
+        ("input_size", "output_sizes", "bias", "prefix", "return_bias", "disable_tp"),
+    ),
+    Interface(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead", "the head"),
+    Interface(
+        f"{_LAYERS}.logits_processor",
+        "LogitsProcessor.__init__",
+        "the head",
+        ("vocab_size", "scale"),
+    ),
+    Interface("vllm.distributed", "tensor_model_parallel_all_reduce", "a group's sum"),
+    Interface("vllm.distributed", "tensor_model_parallel_all_gather", "the bypass across ranks"),
+    Interface("vllm.distributed", "get_tensor_model_parallel_rank", "placing members"),
+    Interface("vllm.distributed", "get_tensor_model_parallel_world_size", "placing members"),
+    Interface(
+        "vllm.compilation.decorators",
+        "support_torch_compile",
+        "compiling the trunk, or each segment",
+        ("dynamic_arg_dims", "enable_if"),
+    ),
+    Interface("vllm.compilation.backends", "set_model_tag", "compiling each segment", ("tag",)),
+    Interface("vllm.platforms", "current_platform.ray_device_key", "refusing Ray where it fails"),
+    Interface("vllm.sequence", "IntermediateTensors", "the trunk's signature"),
+)
+
+
+def violations() -> Iterator[str]:
+    """What the installed vLLM no longer offers, one line each."""
+    for interface in CONTRACT:
+        if problem := interface.violation():
+            yield problem
