@@ -69,13 +69,19 @@ def overrides(family: str, efficiency: dict[str, Any] | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
-    """A real vLLM engine on CPU: in this process, or over the `mp` executor for `tp` > 1."""
+def engine(
+    model: Path, *, tp: int = 1, own_process: bool = False, **options: Any
+) -> Iterator[Any]:
+    """A real vLLM engine on CPU: in this process, or over the `mp` executor for `tp` > 1.
+
+    `own_process` runs it as `vllm serve` does, in a process of its own, which compiled engines
+    need: Dynamo's caches would otherwise outlive them.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }

@@ -1,4 +1,9 @@
-"""Segments: runs of units that are compiled together."""
+"""Segments: runs of units that are compiled together.
+
+Run eagerly, segments compute bit for bit what the whole stack computes. Compiled in bf16 they
+differ from it by rounding: within one graph Inductor carries sums in fp32, and a segment's end
+rounds them to bf16.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +75,11 @@ def build_segments(
     for index, segment in enumerate(plan.segments):
         tag = f"{prefix}.segment{index}"
         with set_model_tag(tag):
+            segment_class = _segment_class(index)
+            # By name: the compile decorator checks positional arguments against annotations.
             segments.append(
-                _segment_class(index)(segment.units, layers, vllm_config=vllm_config, prefix=tag)
+                segment_class(
+                    units=segment.units, layers=layers, vllm_config=vllm_config, prefix=tag
+                )
             )
     return nn.ModuleList(segments)

@@ -1,0 +1,82 @@
+# Two commands: `make serve` and `make test`. All that they make lies in .venv and .cache.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve test lint clean install install-test FORCE
+
+VENV := .venv
+CACHE := .cache
+BASE := $(CACHE)/smollm2
+PREPARED := $(CACHE)/smollm2-layer-parallel
+
+# Settings, from the environment or the command line.
+PORT ?= 8000
+MODEL ?=
+SERVE_ARGS ?=
+PREPARE_ARGS ?= --groups "14,15;20,21;22,23;26,27"
+PYTEST_ARGS ?=
+
+export VLLM_CACHE_ROOT ?= $(CURDIR)/$(CACHE)/vllm
+
+# 3.11 before newer ones: it is the version that CI runs, and the one whose CPU wheel of torch is
+# most often at hand. `ensurepip` tells a Python that cannot make environments (Debian without
+# python3-venv); a pyenv shim of a version that is not active fails the test, hence the last two.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 \
+	$$HOME/.pyenv/versions/3.11.*/bin/python $$HOME/.pyenv/versions/3.1[2-9].*/bin/python; do \
+	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+define INSTALL
+@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv found; set PYTHON" >&2; exit 1; }
+@$(PYTHON) patches/install.py --venv $(VENV) --extras
+endef
+
+help:  ## show this
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@echo "  settings: PORT=8000  MODEL=DIR  SERVE_ARGS=...  PREPARE_ARGS=...  PYTEST_ARGS=...  PYTHON=..."
+
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
+# vLLM's own choice leaves one core idle for its scheduler: half of a small machine.
+serve: export VLLM_CPU_OMP_THREADS_BIND ?= $(shell $(PYTHON) -c 'import os; \
+	cores = sorted(os.sched_getaffinity(0)); \
+	print(",".join(map(str, cores)) if len(cores) <= 4 else "auto")' 2>/dev/null || echo auto)
+serve: install $(if $(MODEL),,$(PREPARED)/config.json)  ## serve the demo model, or MODEL=DIR
+	@if curl -s -o /dev/null localhost:$(PORT); then \
+		echo "error: port $(PORT) is in use; set PORT" >&2; exit 1; fi
+	@server=$$$$; \
+	while kill -0 $$server 2>/dev/null && ! curl -sf -o /dev/null localhost:$(PORT)/health; do \
+		sleep 1; done && kill -0 $$server 2>/dev/null && printf '%s\n' '' \
+		'Ready. Ask it something, in another terminal:' '' \
+		"curl -s localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\" \
+		'  -d '\''{"model": "$(or $(MODEL),$(PREPARED))", "max_tokens": 64,' \
+		'       "messages": [{"role": "user", "content": "What is gravity?"}]}'\''' '' & \
+	exec $(VENV)/bin/vllm serve $(or $(MODEL),$(PREPARED)) --port $(PORT) $(SERVE_ARGS)
+
+test: install-test lint  ## install what the tests need, then lint and run them all
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+lint: install-test  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:  ## remove all that was made here, the environment and the models included
+	rm -rf $(VENV) $(CACHE) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install:
+	$(INSTALL) auto,demo
+
+install-test:
+	$(INSTALL) auto,test
+
+$(BASE)/config.json: | install
+	$(VENV)/bin/effplugin demo-model $(BASE) --overwrite
+
+$(PREPARED)/config.json: $(BASE)/config.json $(CACHE)/prepare-args | install
+	$(VENV)/bin/effplugin prepare layer-parallel $(BASE) $(PREPARED) --overwrite $(PREPARE_ARGS)
+
+# Touched only when PREPARE_ARGS changes.
+$(CACHE)/prepare-args: FORCE
+	@mkdir -p $(CACHE)
+	@echo '$(PREPARE_ARGS)' | cmp -s - $@ || echo '$(PREPARE_ARGS)' > $@

@@ -1,0 +1,166 @@
+"""`effplugin prepare TECHNIQUE MODEL OUT`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_effplugin.config.checkpoint import require_output
+from vllm_effplugin.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, help="Make an efficient checkpoint from a stock one.")
+
+
+class Schedule(StrEnum):
+    """How a group's MLPs see the attention of its other members."""
+
+    bypass = "bypass"
+    fused = "fused"
+
+
+class Train(StrEnum):
+    """What distillation trains."""
+
+    lora = "lora"
+    full = "full"
+
+
+class Precision(StrEnum):
+    """Of matrix products in distillation."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@app.callback()
+def prepare() -> None:
+    """Make an efficient checkpoint from a stock one."""
+
+
+@app.command("layer-parallel")
+def layer_parallel(
+    model: Annotated[Path, typer.Argument(help="Checkpoint directory of the base model.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    target_depth: Annotated[
+        int | None, typer.Option(help="Search groups until this many sequential steps are left.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Search as many groups as this KL (nats/token) allows.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help='These groups, without a search: "12,13;14,15".')
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Layers per group of the search: 2, 3, 4.")] = 2,
+    schedule: Annotated[
+        Schedule, typer.Option(help="`fused`: every MLP sees all attention of its group.")
+    ] = Schedule.bypass,
+    bypass: Annotated[int, typer.Option(help="Bypass distance, below the group size.")] = 0,
+    text: Annotated[
+        Path | None, typer.Option(help=".txt or .jsonl file; else the model writes the text.")
+    ] = None,
+    text_tokens: Annotated[
+        int, typer.Option(help="Most tokens of training text; distillation repeats it.")
+    ] = 131072,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    distill_tokens: Annotated[
+        int, typer.Option(help="Tokens of self-distillation; 0 leaves the weights alone.", min=0)
+    ] = 0,
+    train: Annotated[
+        Train, typer.Option(help="LoRA on the grouped layers, or the layers in full.")
+    ] = Train.lora,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of AdamW's; by default one that suits --train.")
+    ] = None,
+    matching: Annotated[
+        float, typer.Option(help="Weight of hidden states in the loss; 0 is KL alone.", min=0)
+    ] = 10.0,
+    batch: Annotated[int, typer.Option(help="Sequences per training step.")] = 4,
+    precision: Annotated[
+        Precision, typer.Option(help="Of training; `auto` asks the device.")
+    ] = Precision.auto,
+    seed: Annotated[int, typer.Option(help="Of text, training order and LoRA.")] = 0,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="Search in this process.")] = False,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Unfinished work, to resume; beside OUT by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Run adjacent layers concurrently (CQIL): search the groups, distil, write a checkpoint.
+
+    Give one of --target-depth, --max-kl and --groups. The same command continues after an
+    interruption.
+    """
+    require_output(out, overwrite=overwrite)
+
+    from pydantic import ValidationError
+
+    from vllm_effplugin.techniques.layer_parallel.distill import (
+        LEARNING_RATES,
+        default_precision,
+    )
+    from vllm_effplugin.techniques.layer_parallel.prepare import PrepareRequest
+    from vllm_effplugin.techniques.layer_parallel.prepare import prepare as run
+
+    search: dict[str, Any] | None = None
+    if target_depth is not None or max_kl is not None:
+        search = {
+            "target_depth": target_depth,
+            "max_kl": max_kl,
+            "group_size": group_size,
+            "schedule": schedule.value,
+            "bypass": bypass,
+        }
+    distill: dict[str, Any] | None = None
+    if distill_tokens:
+        distill = {
+            "tokens": distill_tokens,
+            "train": train.value,
+            "learning_rate": learning_rate or LEARNING_RATES[train.value],
+            "matching": matching,
+            "batch": batch,
+            "precision": default_precision() if precision is Precision.auto else precision.value,
+            "seed": seed,
+        }
+    try:
+        request = PrepareRequest.model_validate(
+            {
+                "search": search,
+                "groups": None if groups is None else parse_groups(groups),
+                "schedule": schedule.value,
+                "bypass": bypass,
+                "distill": distill,
+                "text": text,
+                "text_tokens": text_tokens,
+                "sequence_length": sequence_length,
+                "seed": seed,
+            }
+        )
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+    run(model, out, request, work_dir=work_dir, use_ray=not no_ray, overwrite=overwrite)
+
+
+def parse_groups(text: str) -> list[list[int]]:
+    """Groups as typed: `12,13;14,15`.
+
+    Raises:
+        ConfigError: when it is not that.
+    """
+    try:
+        return [[int(layer) for layer in group.split(",")] for group in text.split(";")]
+    except ValueError:
+        raise ConfigError(f'--groups {text!r} is not of the form "12,13;14,15"') from None
+
+
+def _describe(error: Any) -> str:
+    """A validation error in terms of options."""
+    problems = []
+    for item in error.errors():
+        names = [str(part) for part in item["loc"] if part not in ("search", "distill")]
+        option = f"--{names[0].replace('_', '-')}: " if names else ""
+        problems.append(option + item["msg"].removeprefix("Value error, "))
+    return "; ".join(problems)

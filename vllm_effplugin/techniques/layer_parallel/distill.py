@@ -1,0 +1,379 @@
+"""Self-distillation: the grouped model learns to be the sequential one.
+
+CQIL (arXiv 2404.06709, section 3.3): the teacher is the same weights run one layer after another,
+the student the grouped schedule with LoRA on its grouped layers, the loss KL(teacher || student)
+per token. To that, short training adds the mismatch of hidden states behind each group: student and
+teacher have the same interface there, and it says more per token than the final distribution.
+
+Teacher and student share everything that is frozen: the layers before the first group run once for
+both, and what the teacher says of a text that repeats is kept.
+
+Shapes: `B` sequences, `S` positions, `d` hidden size, `V` vocabulary, `N` = `B * S` tokens,
+`G` groups.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vllm_effplugin.plan import Unit
+from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
+from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
+from vllm_effplugin.techniques.layer_parallel.search import partition_units
+
+LORA_RANK = 32
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+LEARNING_RATES = {"lora": 2e-3, "full": 5e-4}
+"""Defaults for the short training of a small model; the paper's 1e-4 suits 8,000 long steps."""
+
+TEACHER_BYTES = 2 << 30
+"""Teacher states to keep, where the text repeats and all of it fits."""
+
+LOGITS_CHUNK = 128
+"""Tokens whose `[chunk, V]` logits exist at a time."""
+
+
+class DistillSettings(BaseModel):
+    """How to train."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(ge=1, description="Training tokens; the text repeats when it is shorter.")
+    train: Literal["lora", "full"] = "lora"
+    learning_rate: float = Field(1e-4, gt=0)
+    matching: float = Field(
+        10.0, ge=0, description="Weight of the hidden states' mismatch; 0 is the paper's loss."
+    )
+    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps.")
+    batch: int = Field(4, ge=1, description="Sequences per step.")
+    precision: Literal["bf16", "fp32"] = "fp32"
+    seed: int = 0
+    save_seconds: float = Field(60.0, ge=0, description="Time between two saved states.")
+
+    def steps(self, sequence_length: int) -> int:
+        """Optimiser steps: at least `tokens` tokens."""
+        return math.ceil(self.tokens / (self.batch * sequence_length))
+
+
+def default_precision() -> Literal["bf16", "fp32"]:
+    """`bf16` where the CPU or GPU multiplies bf16 matrices in hardware, else `fp32`."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("bf16") else "fp32"
+
+
+class Distiller:
+    """Trains the grouped layers of one model.
+
+    Trained weights and optimiser state are fp32; under `bf16` everything frozen is bf16 and the
+    matrix products run in bf16.
+
+    Args:
+        model: a Hugging Face causal language model; it is changed in place.
+        config: groups and schedule of the student.
+        settings: how to train.
+        tokens: `[N, S]` training token ids.
+    """
+
+    def __init__(
+        self, model: Any, config: LayerParallelConfig, settings: DistillSettings, tokens: Tensor
+    ) -> None:
+        self.config = config
+        self.settings = settings
+        self.tokens = tokens
+        self.step = 0
+        self.total_steps = settings.steps(tokens.shape[1])
+        self.losses: list[float] = []
+        num_layers = int(model.config.num_hidden_layers)
+        units = partition_units(config.resolve_groups(num_layers), num_layers)
+        first = next(i for i, unit in enumerate(units) if unit.is_group)
+        self._prefix, self._student_units = units[:first], units[first:]
+        self.grouped = [layer for unit in units if unit.is_group for layer in unit.layers]
+
+        # Aliases of the weights as loaded: `to` gives a parameter new memory where it converts.
+        self._originals = self._grouped_tensors(model)
+        compute = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        model.to(compute).requires_grad_(False).eval()
+        self._teacher = ReferenceDecoder(model)
+        self._peft: Any = None
+        torch.manual_seed(settings.seed)
+        if settings.train == "lora":
+            self._peft = _add_lora(model, self.grouped)
+        else:
+            self._teacher = ReferenceDecoder(_with_own_layers(model, self.grouped))
+            for layer in self.grouped:
+                model.model.layers[layer].float().requires_grad_(True)
+            self._restore_originals(model)
+        self._student = ReferenceDecoder(model)
+        self._known: dict[int, Tensor] = {}
+        states = 2 + sum(unit.is_group for unit in units)
+        size = states * tokens.numel() * int(model.config.hidden_size) * compute.itemsize
+        repeats = self.total_steps * settings.batch > len(tokens)
+        self._keep_teacher = repeats and size <= TEACHER_BYTES
+        self.trainable = {
+            name: value for name, value in model.named_parameters() if value.requires_grad
+        }
+        self._optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+
+    def train(self, state: Path | None = None, *, stop_after: int | None = None) -> None:
+        """Train to the end, from the state in `state` where there is one.
+
+        Args:
+            state: folder for the training state, written from time to time.
+            stop_after: end early after this many steps, state saved.
+        """
+        if state is not None and (state / "train.json").exists():
+            self._load(state)
+        sequence_length = self.tokens.shape[1]
+        saved = time.monotonic()
+        with tqdm(
+            total=self.total_steps * self.settings.batch * sequence_length,
+            initial=self.step * self.settings.batch * sequence_length,
+            desc="distillation",
+            unit="tok",
+            unit_scale=True,
+        ) as bar:
+            for rows in self._batches():
+                self.losses.append(self._optimise(rows))
+                self.step += 1
+                bar.set_postfix(loss=f"{_recent(self.losses):.4f}", refresh=False)
+                bar.update(len(rows) * sequence_length)
+                stopping = self.step == stop_after
+                due = time.monotonic() - saved > self.settings.save_seconds
+                if state is not None and (stopping or due) and self.step < self.total_steps:
+                    self._save(state)
+                    saved = time.monotonic()
+                if stopping:
+                    return
+
+    def replacement_tensors(self) -> dict[str, Tensor]:
+        """All tensors of the grouped layers, LoRA merged, in the dtypes of the base checkpoint.
+
+        To be called once, after training.
+        """
+        if self._peft is not None:
+            self._merge()
+        return {
+            name: value.to("cpu", self._originals[name].dtype).contiguous()
+            for name, value in self._grouped_tensors(self._student.model).items()
+        }
+
+    def loss(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the student is from the teacher on `rows` of the training text.
+
+        Returns:
+            mean KL(teacher || student) per token, in nats; and the mean squared distance of hidden
+            states relative to the teacher's squared norm, summed over the groups.
+        """
+        with self._autocast():
+            states, context = self._teach(rows)
+            hidden, *behind_groups, target = states.unbind(1)
+            mismatch = torch.zeros((), device=hidden.device)
+            remaining = iter(behind_groups)
+            for unit in self._student_units:
+                hidden = self._student.run((unit,), hidden, context, self.config)
+                if unit.is_group:
+                    mismatch = mismatch + _relative_distance(hidden, next(remaining))
+            output = self._student.decoder.norm(hidden)
+        head = self._student.model.lm_head.weight
+        divergence = _HeadDivergence.apply(output.flatten(0, 1), target.flatten(0, 1), head)
+        return divergence, mismatch
+
+    @torch.no_grad()
+    def _teach(self, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Teacher states `[B, 2 + G, S, d]`, and the arguments of attention.
+
+        The states are the first group's input, those behind each group, and the normed output.
+        """
+        hidden, context = self._teacher.embed(self.tokens[rows])
+        wanted = rows.tolist()
+        if all(row in self._known for row in wanted):
+            return torch.stack([self._known[row] for row in wanted]), context
+        with self._teacher_weights():
+            hidden = self._teacher.run(self._prefix, hidden, context)
+            states = [hidden]
+            for unit in self._student_units:
+                members = [Unit((layer,)) for layer in unit.layers]
+                hidden = self._teacher.run(members, hidden, context)
+                if unit.is_group:
+                    states.append(hidden)
+            states.append(self._teacher.decoder.norm(hidden).to(hidden.dtype))
+        stacked = torch.stack(states, 1)
+        if self._keep_teacher:
+            self._known.update(zip(wanted, stacked, strict=True))
+        return stacked, context
+
+    def _optimise(self, rows: Tensor) -> float:
+        """One step; the KL before it, in nats."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self._schedule()
+        divergence, mismatch = self.loss(rows)
+        (divergence + self.settings.matching * mismatch).backward()
+        nn.utils.clip_grad_norm_(self.trainable.values(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(divergence.detach())
+
+    def _schedule(self) -> float:
+        """Linear warm-up, then a cosine to a tenth."""
+        warmup = self.settings.warmup * self.total_steps
+        if self.step < warmup:
+            return (self.step + 1) / (warmup + 1)
+        progress = (self.step - warmup) / max(1.0, self.total_steps - warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Rows of the batches still to come; they depend on seed and step alone."""
+        size = min(self.settings.batch, len(self.tokens))
+        per_epoch = len(self.tokens) // size
+        for step in range(self.step, self.total_steps):
+            epoch, place = divmod(step, per_epoch)
+            generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+            order = torch.randperm(len(self.tokens), generator=generator)
+            yield order[place * size : (place + 1) * size]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        enabled = self.settings.precision == "bf16"
+        return torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=enabled)
+
+    def _teacher_weights(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._peft is None else self._peft.disable_adapter()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        """Merge LoRA in fp32 into the weights as loaded, so that the sum is rounded once."""
+        for layer in self.grouped:
+            self._student.layers[layer].float()
+        self._restore_originals(self._student.model)
+        self._peft.merge_and_unload()
+
+    def _grouped_tensors(self, model: Any) -> dict[str, Tensor]:
+        prefixes = tuple(f"model.layers.{layer}." for layer in self.grouped)
+        return {
+            name: value for name, value in model.state_dict().items() if name.startswith(prefixes)
+        }
+
+    @torch.no_grad()
+    def _restore_originals(self, model: Any) -> None:
+        for name, value in self._grouped_tensors(model).items():
+            original = self._originals.get(name.replace(".base_layer.", "."))
+            if original is not None:  # None: a LoRA weight
+                value.copy_(original)
+
+    def _save(self, folder: Path) -> None:
+        """Write weights and optimiser state, then what points at them: never half of a pair."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.trainable.items():
+            tensors[f"weight.{name}"] = value.detach()
+            for key, moment in self._optimizer.state[value].items():
+                tensors[f"{key}.{name}"] = moment
+        weights = folder / f"train-{self.step}.safetensors"
+        save_file(tensors, weights)
+        pointer = folder / "train.json.tmp"
+        pointer.write_text(json.dumps({"step": self.step, "losses": self.losses}))
+        os.replace(pointer, folder / "train.json")
+        for old in folder.glob("train-*.safetensors"):
+            if old != weights:
+                old.unlink()
+
+    @torch.no_grad()
+    def _load(self, folder: Path) -> None:
+        state: Mapping[str, Any] = json.loads((folder / "train.json").read_text())
+        self.step, self.losses = state["step"], state["losses"]
+        tensors = load_file(folder / f"train-{self.step}.safetensors")
+        for name, value in self.trainable.items():
+            value.copy_(tensors[f"weight.{name}"])
+            self._optimizer.state[value] = {
+                "step": tensors[f"step.{name}"],
+                "exp_avg": tensors[f"exp_avg.{name}"].to(value.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(value.device),
+            }
+
+
+class _HeadDivergence(torch.autograd.Function):
+    """Language model head and mean KL(teacher || student) in one, a chunk of tokens at a time.
+
+    With `z = h W^T`, `q = softmax(z)` and teacher `t`, dKL/dz is `q - t`: the gradient of the
+    hidden states needs no `[N, V]` tensor to survive the chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+        """Loss of normed hidden states `[N, d]` of both, under `[V, d]` head weights."""
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        gradient = torch.empty_like(student)
+        for start in range(0, len(student), LOGITS_CHUNK):
+            part = slice(start, start + LOGITS_CHUNK)
+            log_t = torch.log_softmax((teacher[part].to(head.dtype) @ head.T).float(), -1)
+            log_q = torch.log_softmax((student[part].to(head.dtype) @ head.T).float(), -1)
+            t = log_t.exp()
+            total += (t * log_t.sub_(log_q)).sum(-1).double().sum()
+            gradient[part] = log_q.exp_().sub_(t).to(head.dtype) @ head
+        ctx.save_for_backward(gradient.div_(len(student)))
+        return (total / len(student)).to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the student's hidden states."""
+        (gradient,) = ctx.saved_tensors
+        return upstream.to(gradient.dtype) * gradient, None, None
+
+
+def _relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of `|s - t|^2 / |t|^2`; a few huge tokens must not outweigh the rest."""
+    teacher = teacher.float()
+    distance = (student.float() - teacher).square().sum(-1)
+    return (distance / teacher.square().sum(-1)).mean()
+
+
+def apply_replacements(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Load replacement tensors into a Hugging Face model that has all of them."""
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def _add_lora(model: Any, layers: list[int]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=LORA_RANK,
+        lora_dropout=0.0,
+        target_modules=list(LORA_TARGETS),
+        layers_to_transform=layers,
+        layers_pattern="layers",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # LoRA weights are fp32 also on a bf16 model
+
+
+def _with_own_layers(model: Any, layers: list[int]) -> Any:
+    """A model that shares all of `model` but has copies of `layers`."""
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith(tuple(f"model.layers.{layer}." for layer in layers)):
+            memo[id(parameter)] = parameter
+    return copy.deepcopy(model, memo)
+
+
+def _recent(losses: list[float]) -> float:
+    last = losses[-20:]
+    return sum(last) / len(last)
