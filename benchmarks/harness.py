@@ -281,6 +281,7 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec, log: Path) -> None:
         self.spec = spec
         self.log = log
+        self._ready = False
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_host, args=(spec, theirs, log))
@@ -296,6 +297,7 @@ class EngineProcess:
             EngineError: when it did not start.
         """
         self._receive(START_LIMIT_S)
+        self._ready = True
 
     def measure(self, measure: Callable[[Engine], float]) -> float:
         """Run `measure` on the engine.
@@ -313,7 +315,8 @@ class EngineProcess:
     def close(self) -> None:
         """Shut the engine down, and kill what remains of it after a grace period."""
         self.begin_close()
-        self._process.join(timeout=30)
+        # While it still starts it does not listen, so there is nothing to wait for.
+        self._process.join(timeout=30 if self._ready else 0)
         with suppress(ProcessLookupError):  # the usual end: nothing is left of the group
             os.killpg(self._group, signal.SIGKILL)
         self._process.join()
@@ -331,41 +334,47 @@ class EngineProcess:
 
 
 def _host(spec: EngineSpec, pipe: Connection, log: Path) -> None:
-    """Body of an engine's process: answers each metric with a number, or a traceback as a string.
-
-    The pipe's end, also by the death of the parent, ends the engine and every process under it.
-    """
+    """Body of an engine's process, which ends every process under it however it ends itself."""
     os.setpgid(0, 0)  # one group with vLLM's processes, and out of reach of the terminal's Ctrl-C
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     try:
+        _serve(spec, pipe)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os.killpg(0, signal.SIGKILL)
+
+
+def _serve(spec: EngineSpec, pipe: Connection) -> None:
+    """Start an engine and answer each metric with its number, or with a traceback as a string.
+
+    The pipe's end is the order to stop, and comes with the death of the parent, too.
+    """
+    try:
         engine = _start_engine(spec)
     except Exception:
         pipe.send(traceback.format_exc(limit=-3))
-        _kill_own_group()
+        return
     _signal_descendants(signal.SIGSTOP)
     pipe.send(0.0)
-    while True:
-        try:
+    with suppress(EOFError):
+        while True:
             measure = pipe.recv()
-        except EOFError:
-            break
-        _signal_descendants(signal.SIGCONT)
-        answer: float | str
-        try:
-            answer = float(measure(engine))
-        except Exception:
-            answer = traceback.format_exc(limit=-3)
-        # vLLM's workers spin on shared memory for a second after their last step. Stopped, an idle
-        # engine takes nothing from the cores on which the other is being measured.
-        _signal_descendants(signal.SIGSTOP)
-        pipe.send(answer)
+            _signal_descendants(signal.SIGCONT)
+            answer: float | str
+            try:
+                answer = float(measure(engine))
+            except Exception:
+                answer = traceback.format_exc(limit=-3)
+            # vLLM's workers spin on shared memory for a second after their last step. Stopped, an
+            # idle engine takes nothing from the cores on which the other is being measured.
+            _signal_descendants(signal.SIGSTOP)
+            pipe.send(answer)
     _signal_descendants(signal.SIGCONT)
-    try:
-        engine.llm.llm_engine.engine_core.shutdown()
-    finally:
-        _kill_own_group()
+    engine.llm.llm_engine.engine_core.shutdown()
 
 
 def _start_engine(spec: EngineSpec) -> Engine:
@@ -428,11 +437,6 @@ def _signal_descendants(number: signal.Signals) -> None:
 
     for process in psutil.Process().children(recursive=True):
         process.send_signal(number)
-
-
-def _kill_own_group() -> NoReturn:
-    os.killpg(0, signal.SIGKILL)
-    raise AssertionError("unreachable")
 
 
 # --- Running --------------------------------------------------------------------------------------

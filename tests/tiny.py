@@ -69,9 +69,7 @@ def overrides(family: str, efficiency: dict[str, Any] | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine(
-    model: Path, *, tp: int = 1, own_process: bool = False, **options: Any
-) -> Iterator[Any]:
+def engine(model: Path, *, tp: int = 1, own_process: bool = False, **options: Any) -> Iterator[Any]:
     """A real vLLM engine on CPU: in this process, or over the `mp` executor for `tp` > 1.
 
     `own_process` runs it as `vllm serve` does, in a process of its own, which compiled engines

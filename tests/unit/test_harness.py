@@ -286,6 +286,7 @@ import harness
 
 def pid(engine): import os; return os.getpid()
 def fail(engine): raise ValueError("bad metric")
+def slow(engine): import time; time.sleep(0.5); return 1
 def fake_start(spec):
     import subprocess
     subprocess.Popen(["sleep", "600"])
@@ -305,21 +306,24 @@ if __name__ == "__main__":
         print("error:", "bad metric" in str(error))
     print("still answers:", int(engine.measure(pid)) == host)
     print("pids:", host, child.pid, flush=True)
-    if {orphan}:
+    if {end!r} == "close":
+        engine.close()
+    else:
         import os, signal
+        if {end!r} == "killed while measuring":
+            engine._pipe.send(slow)
         os.kill(os.getpid(), signal.SIGKILL)
-    engine.close()
 """
 
 
-def hosted(tmp_path: Path, *, orphan: bool) -> str:
+def hosted(tmp_path: Path, end: str) -> str:
     """Output of a script that drives a real engine process around a stand-in for vLLM."""
     script = tmp_path / "hosted.py"
     script.write_text(
         HOSTED.format(
             benchmarks=str(Path(harness.__file__).parent),
             log=str(tmp_path / "engine.log"),
-            orphan=orphan,
+            end=end,
         )
     )
     return subprocess.run(
@@ -333,11 +337,11 @@ def _needs_psutil() -> None:
 
 
 @pytest.mark.usefixtures("_needs_psutil")
-@pytest.mark.parametrize("orphan", [False, True], ids=["close", "killed parent"])
+@pytest.mark.parametrize("end", ["close", "killed", "killed while measuring"])
 def test_an_idle_engine_is_stopped_and_none_of_it_outlives_the_benchmark(
-    tmp_path: Path, orphan: bool
+    tmp_path: Path, end: str
 ) -> None:
-    *printed, pids = hosted(tmp_path, orphan=orphan).splitlines()
+    *printed, pids = hosted(tmp_path, end).splitlines()
     assert printed == ["idle: stopped", "error: True", "still answers: True"]
     deadline = time.monotonic() + 10
     for pid in map(int, pids.removeprefix("pids:").split()):

@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Interface:
     def violation(self) -> str | None:
         """What is wrong with it in the installed vLLM; None when it is as expected."""
         try:
-            found = importlib.import_module(self.module)
+            found: Any = importlib.import_module(self.module)
             for part in self.attribute.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError):
