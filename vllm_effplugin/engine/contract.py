@@ -215,6 +215,7 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.compilation.backends", "set_model_tag", "compiling each segment", ("tag",)),
     Interface("vllm.platforms", "current_platform.ray_device_key", "refusing Ray where it fails"),
+    Interface("vllm.logger", "init_logger", "log lines under vLLM's settings", ("name",)),
     Interface("vllm.sequence", "IntermediateTensors", "the trunk's signature"),
 )
 

@@ -156,9 +156,9 @@ class Distiller:
                 self.step += 1
                 bar.set_postfix(loss=f"{_recent(self.losses):.4f}", refresh=False)
                 bar.update(len(rows) * sequence_length)
-                stopping = self.step == stop_after
+                stopping = self.step in (stop_after, self.total_steps)
                 due = time.monotonic() - saved > self.settings.save_seconds
-                if state is not None and (stopping or due) and self.step < self.total_steps:
+                if state is not None and (stopping or due):
                     self._save(state)
                     saved = time.monotonic()
                 if stopping:

@@ -118,44 +118,56 @@ class BypassGroup(nn.Module):
         else:
             normed, x = self.input_layernorm(hidden_states, residual)
         heads = self.self_attn(positions=positions, hidden_states=normed)  # [T, k * H * D]
-        k = len(self.members)
-        attention = [
-            self.o_proj[slot](part) for slot, part in enumerate(heads.chunk(k, dim=-1))
-        ]  # k deltas A_j, [T, d]
-        bypass = self._bypass(attention)
+        parts = heads.chunk(len(self.members), dim=-1)
+        attention = [self.o_proj[slot](part) for slot, part in enumerate(parts)]  # A_j, [T, d]
+        exchanged = self.bypass > 0 and self.tp_size > 1
+        if exchanged:
+            attention = self._exchange(attention)
         activations = []
-        output = None
-        for slot, (delta, extra) in enumerate(zip(attention, bypass, strict=True)):
-            u = x + delta if extra is None else x + delta + extra
+        for slot, member in enumerate(self.members):
+            # Without an exchange under tensor parallelism, only this rank's deltas are at hand.
+            u = x + attention[member if self.bypass else slot]
+            if (bypass := self._bypass(attention, member)) is not None:
+                u = u + bypass
             gate_up = self.gate_up_proj[slot](self.post_attention_layernorm[slot](u))
             activations.append(self.act_fn(gate_up))
-            if self.double_count_bypass and extra is not None:
-                delta = delta + extra
-            output = delta if output is None else output + delta
-        wide = activations[0] if k == 1 else torch.cat(activations, dim=-1)
-        output = output + self.down_proj(wide)
-        if self.tp_size > 1:
-            output = tensor_model_parallel_all_reduce(output)
-        return output, x
+        wide = activations[0] if len(activations) == 1 else torch.cat(activations, dim=-1)
+        output = self.down_proj(wide)
+        added = _sum(attention)
+        if self.double_count_bypass:
+            bypasses = [self._bypass(attention, member) for member in range(len(attention))]
+            added = added + _sum([bypass for bypass in bypasses if bypass is not None])
+        if exchanged:
+            # Every rank sums what it gathered. Were it left to the all-reduce, a rank whose member
+            # has no bypass would not use the gathered deltas; compiled, it would drop the exchange
+            # as dead code, and the other ranks would wait for it forever.
+            return tensor_model_parallel_all_reduce(output) + added, x
+        output = output + added
+        return tensor_model_parallel_all_reduce(output) if self.tp_size > 1 else output, x
 
     def fuse(self, members: list[LayerTensors]) -> LayerTensors:
         """The tensors that this module loads, from those of the group's layers."""
         return fuse_bypass(members, self.members)
 
-    def _bypass(self, attention: list[Tensor]) -> list[Tensor | None]:
-        """`b_j`, the sum of the deltas of the `min(d, j)` members before member `j`."""
-        if self.bypass == 0:
-            return [None] * len(attention)
-        if self.tp_size > 1:
-            tokens = attention[0].shape[0]
-            stacked = torch.cat(attention)  # [k * T, d]
-            gathered = tensor_model_parallel_all_gather(stacked, dim=0)  # [p * T, d]
-            attention = list(gathered.split(tokens))
-        shifts: list[Tensor | None] = []
-        for member in self.members:
-            before = attention[max(0, member - self.bypass) : member]
-            shifts.append(sum(before[1:], before[0]) if before else None)
-        return shifts
+    def _exchange(self, attention: list[Tensor]) -> list[Tensor]:
+        """The deltas of all `p` members, from the `k` of each rank."""
+        tokens = attention[0].shape[0]
+        gathered = tensor_model_parallel_all_gather(torch.cat(attention), dim=0)  # [p * T, d]
+        return list(gathered.split(tokens))
+
+    def _bypass(self, attention: list[Tensor], member: int) -> Tensor | None:
+        """`b_j`, the sum of the deltas of the `min(d, j)` members before `j`; None for no member.
+
+        Args:
+            attention: deltas of all members, unless `d` is 0.
+            member: `j`.
+        """
+        before = attention[max(0, member - self.bypass) : member] if self.bypass else []
+        return _sum(before) if before else None
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0])
 
 
 class FusedGroup(nn.Module):

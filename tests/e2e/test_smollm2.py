@@ -1,0 +1,130 @@
+"""A real model through real servers: what a user sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.tiny import engine, overrides
+from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.config.checkpoint import write_checkpoint
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time",
+    "Water boils at",
+    "def fibonacci(n):",
+    "The three laws of motion state that",
+    "To make bread, first",
+    "In 1969, humans",
+    "The opposite of hot is",
+    "A list of colours: red,",
+    "Dear customer, we",
+    "Photosynthesis is the process by which",
+    "2 + 2 =",
+    "The quick brown fox",
+    "Shakespeare wrote",
+    "If it rains tomorrow,",
+    "The largest planet in the solar system is",
+    "import numpy as np",
+    "Once the meeting ended, Anna",
+    "The main difference between cats and dogs is",
+    "She opened the door and",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    """The demo checkpoint, built as `make serve` builds it."""
+    pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    command = [sys.executable, "-m", "vllm_effplugin.cli.main", "demo-model", str(folder)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def greedy(model: Path, changed: dict) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    options = {"skip_tokenizer_init": False, "dtype": "bfloat16", "enforce_eager": False}
+    with engine(model, hf_overrides=changed, own_process=True, **options) as llm:
+        params = SamplingParams(temperature=0, max_tokens=48)
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_a_trivial_plan_gives_the_stock_models_tokens(smollm2):
+    stock = greedy(smollm2, {})
+    assert len(stock) == 20
+    assert greedy(smollm2, overrides("Llama", {"layer_parallel": {"groups": []}})) == stock
+
+
+def test_vllm_serve_needs_no_flag(smollm2, tmp_path):
+    """A prepared checkpoint behind `vllm serve`: chat answers, and bad requests harm nobody."""
+    checkpoint = tmp_path / "prepared"
+    efficiency = parse_efficiency({"layer_parallel": {"groups": [[20, 21], [26, 27]]}})
+    write_checkpoint(smollm2, checkpoint, efficiency, provenance={})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    vllm = Path(sys.executable).with_name("vllm")
+    log = tmp_path / "server.log"
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    command = [str(vllm), "serve", str(checkpoint), "--port", str(port), "--host", "127.0.0.1"]
+    command += ["--enforce-eager", "--max-model-len", "512", "--served-model-name", "demo"]
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            _wait_until_healthy(client, server, log)
+            question = [{"role": "user", "content": "What is gravity?"}]
+            body = {"model": "demo", "messages": question, "max_tokens": 8, "temperature": 0}
+            answer = client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == 8
+            assert client.post("/v1/chat/completions", json={**body, "n": -1}).status_code == 400
+            again = client.post("/v1/chat/completions", json=body)
+            assert again.json()["choices"] == answer.json()["choices"]
+        assert "0-19 [20 21] 22-25 [26 27] 28-29" in log.read_text(), "the plan is not in the log"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def test_a_bad_block_refuses_to_start(smollm2, tmp_path):
+    """One sentence that names the field, from `vllm serve` itself."""
+    checkpoint = tmp_path / "bad"
+    write_checkpoint(smollm2, checkpoint, parse_efficiency({}), provenance={})
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["efficiency"] = {"layer_parallel": {"groups": [[28, 29, 30]]}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    vllm = Path(sys.executable).with_name("vllm")
+    done = subprocess.run(
+        [str(vllm), "serve", str(checkpoint)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert "group [28, 29, 30] is outside the model, which has 30 layers" in done.stderr
+
+
+def _wait_until_healthy(client: httpx.Client, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise AssertionError(f"not healthy in time:\n{log.read_text()[-3000:]}")

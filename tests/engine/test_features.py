@@ -1,0 +1,86 @@
+"""Layer-parallel groups together with other features of the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.test_layer_parallel_logits import (
+    MIXED_SIZES,
+    check,
+    generate,
+    largest_difference,
+    prompts,
+)
+from tests.tiny import engine, overrides
+
+GROUPS = {"groups": MIXED_SIZES, "bypass": 1}
+
+
+def test_ngram_speculation_gives_the_same_tokens(tiny):
+    from vllm import SamplingParams
+
+    repeating = [[5, 6, 7, 8] * 12, [9, 10, 11] * 9, prompts()[2]]
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    results = []
+    for options in ({}, {"speculative_config": speculative}):
+        changed = overrides("Llama", {"layer_parallel": GROUPS})
+        with engine(tiny(), hf_overrides=changed, disable_log_stats=False, **options) as llm:
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+            requests = [{"prompt_token_ids": ids} for ids in repeating]
+            outputs = llm.generate(requests, params, use_tqdm=False)
+            results.append([list(output.outputs[0].token_ids) for output in outputs])
+            counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    assert counters["vllm:spec_decode_num_accepted_tokens"] > 0, "nothing was speculated"
+    assert results[0] == results[1]
+
+
+def test_compiled_on_two_ranks(tiny):
+    """torch.compile, bypass across ranks: each rank compiles its own member's graph."""
+    layer_parallel = {"groups": [[0, 1], [4, 5]], "bypass": 1}
+    changed = overrides("Llama", {"layer_parallel": layer_parallel})
+    options = {"max_logprobs": -1, "logprobs_mode": "raw_logits", "max_num_batched_tokens": 64}
+    with engine(
+        tiny(), tp=2, hf_overrides=changed, own_process=True, enforce_eager=False, **options
+    ) as llm:
+        results = generate(llm, prompts())
+    assert largest_difference(tiny(), layer_parallel, results, prompts()) <= 1e-3
+
+
+def test_bf16_differs_by_its_rounding_only(tiny):
+    """bf16 engine against the fp32 reference: as far from it as stock bf16 is from fp32 stock."""
+    noise = {}
+    for layer_parallel in (None, GROUPS):
+        efficiency = {"layer_parallel": layer_parallel} if layer_parallel else None
+        with engine(
+            tiny(),
+            hf_overrides=overrides("Llama", efficiency),
+            dtype="bfloat16",
+            max_logprobs=-1,
+            logprobs_mode="raw_logits",
+        ) as llm:
+            results = generate(llm, prompts())
+        noise[layer_parallel is not None] = largest_difference(
+            tiny(), layer_parallel, results, prompts()
+        )
+    assert noise[True] <= 2 * noise[False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
+@pytest.mark.parametrize("schedule", [{"bypass": 1}, {"schedule": "fused"}])
+def test_cuda_graphs(tiny, schedule):
+    """Runner V2 with piecewise CUDA graphs."""
+    check(tiny(), "Llama", {"groups": MIXED_SIZES, **schedule}, enforce_eager=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ray_executor(tiny):
+    layer_parallel = {"groups": [[0, 1], [4, 5]], "bypass": 1}
+    check(tiny(), "Llama", layer_parallel, tp=2, distributed_executor_backend="ray")
