@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
+
 from tests.tiny import make_checkpoint
 
 

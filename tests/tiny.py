@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +70,28 @@ def overrides(family: str, efficiency: dict[str, Any] | None) -> dict[str, Any]:
     return changed
 
 
+def isolated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module-level function in a fresh process and return its result.
+
+    Compiled engines need it, because Dynamo's caches outlive them, and so does what leaves a mark
+    on the process (numba, whose modules vLLM 0.32 stumbles over when a second engine starts).
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
 @contextlib.contextmanager
-def engine(model: Path, *, tp: int = 1, own_process: bool = False, **options: Any) -> Iterator[Any]:
+def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
     """A real vLLM engine on CPU: in this process, or over the `mp` executor for `tp` > 1.
 
-    `own_process` runs it as `vllm serve` does, in a process of its own, which compiled engines
-    need: Dynamo's caches would otherwise outlive them.
+    In this process its batches depend on the requests alone, not on when they arrive.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }

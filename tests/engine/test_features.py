@@ -12,43 +12,60 @@ from tests.engine.test_layer_parallel_logits import (
     largest_difference,
     prompts,
 )
-from tests.tiny import engine, overrides
+from tests.tiny import engine, isolated, overrides
 
 GROUPS = {"groups": MIXED_SIZES, "bypass": 1}
 
 
-def test_ngram_speculation_gives_the_same_tokens(tiny):
+def speculated(model, speculative: dict | None) -> tuple[list[list[int]], float]:
+    """Greedy tokens of repeating prompts, and how many of them had been speculated."""
     from vllm import SamplingParams
 
     repeating = [[5, 6, 7, 8] * 12, [9, 10, 11] * 9, prompts()[2]]
-    speculative = {
+    with engine(
+        model,
+        hf_overrides=overrides("Llama", {"layer_parallel": GROUPS}),
+        disable_log_stats=False,
+        speculative_config=speculative,
+    ) as llm:
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in repeating], params, use_tqdm=False
+        )
+        counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    accepted = counters.get("vllm:spec_decode_num_accepted_tokens", 0)
+    return [list(output.outputs[0].token_ids) for output in outputs], accepted
+
+
+def test_ngram_speculation_gives_the_same_tokens(tiny):
+    settings = {
         "method": "ngram",
         "num_speculative_tokens": 3,
         "prompt_lookup_max": 3,
         "prompt_lookup_min": 1,
     }
-    results = []
-    for options in ({}, {"speculative_config": speculative}):
-        changed = overrides("Llama", {"layer_parallel": GROUPS})
-        with engine(tiny(), hf_overrides=changed, disable_log_stats=False, **options) as llm:
-            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
-            requests = [{"prompt_token_ids": ids} for ids in repeating]
-            outputs = llm.generate(requests, params, use_tqdm=False)
-            results.append([list(output.outputs[0].token_ids) for output in outputs])
-            counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    assert counters["vllm:spec_decode_num_accepted_tokens"] > 0, "nothing was speculated"
-    assert results[0] == results[1]
+    tokens, accepted = isolated(speculated, tiny(), settings)
+    assert accepted > 0, "nothing was speculated"
+    assert (tokens, 0) == speculated(tiny(), None)
+
+
+def compiled_on_two_ranks(model, layer_parallel: dict):
+    with engine(
+        model,
+        tp=2,
+        hf_overrides=overrides("Llama", {"layer_parallel": layer_parallel}),
+        enforce_eager=False,
+        max_logprobs=-1,
+        logprobs_mode="raw_logits",
+        max_num_batched_tokens=64,
+    ) as llm:
+        return generate(llm, prompts())
 
 
 def test_compiled_on_two_ranks(tiny):
-    """torch.compile, bypass across ranks: each rank compiles its own member's graph."""
+    """Each rank compiles its own member's graph; both must make the same collective calls."""
     layer_parallel = {"groups": [[0, 1], [4, 5]], "bypass": 1}
-    changed = overrides("Llama", {"layer_parallel": layer_parallel})
-    options = {"max_logprobs": -1, "logprobs_mode": "raw_logits", "max_num_batched_tokens": 64}
-    with engine(
-        tiny(), tp=2, hf_overrides=changed, own_process=True, enforce_eager=False, **options
-    ) as llm:
-        results = generate(llm, prompts())
+    results = isolated(compiled_on_two_ranks, tiny(), layer_parallel)
     assert largest_difference(tiny(), layer_parallel, results, prompts()) <= 1e-3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.test_layer_parallel_logits import generate, prompts
-from tests.tiny import FAMILIES, architecture, engine, overrides
+from tests.tiny import FAMILIES, architecture, engine, isolated, overrides
 
 TRIVIAL_PLANS = {
     "no block": None,
@@ -45,12 +45,10 @@ def test_segments_compute_what_the_whole_stack_computes(tiny):
     assert_identical(stock, split)
 
 
-COMPILED = {"enforce_eager": False, "own_process": True}
-
-
 def test_a_trivial_plan_is_the_stock_model_compiled(tiny):
-    stock = run(tiny(), {"architectures": [architecture("Llama")]}, dtype="bfloat16", **COMPILED)
-    assert_identical(stock, run(tiny(), overrides("Llama", None), dtype="bfloat16", **COMPILED))
+    compiled = {"dtype": "bfloat16", "enforce_eager": False}
+    stock = isolated(run, tiny(), {"architectures": [architecture("Llama")]}, **compiled)
+    assert_identical(stock, isolated(run, tiny(), overrides("Llama", None), **compiled))
 
 
 def test_compiled_segments_do_not_share_artifacts(tiny):
@@ -59,10 +57,10 @@ def test_compiled_segments_do_not_share_artifacts(tiny):
     In fp32: within one graph Inductor keeps bf16 sums in fp32, so that in bf16 a segment's end
     rounds once more than the whole stack does there.
     """
-    efficiency = {"split_after": [2, 3, 8]}
+    changed = overrides("Llama", {"split_after": [2, 3, 8]})
     whole = run(tiny(), overrides("Llama", None), dtype="float32")
     for _ in range(2):  # compiled, then loaded from the cache
-        split = run(tiny(), overrides("Llama", efficiency), dtype="float32", **COMPILED)
+        split = isolated(run, tiny(), changed, dtype="float32", enforce_eager=False)
         for (tokens, logits), (other_tokens, other_logits) in zip(whole, split, strict=True):
             assert tokens == other_tokens
             assert (logits - other_logits).abs().max() <= 1e-3
