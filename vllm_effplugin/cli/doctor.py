@@ -96,7 +96,7 @@ def examine() -> Report:
     here = None
     if vllm.ok:
         here, detected = _platform()
-        checks.append(detected)
+        checks += [detected, _contract()]
     checks.append(_plugin(registers=all(check.ok for check in checks)))
     healthy = all(check.ok for check in checks)
     return Report(
@@ -125,6 +125,16 @@ def _vllm_window() -> Check:
     except RuntimeError as error:
         return Check("vLLM version", False, str(error))
     return Check("vLLM version", True, f"{installed_vllm_version()} is inside {VLLM_WINDOW}")
+
+
+def _contract() -> Check:
+    """Every vLLM interface in use is still what it was."""
+    from vllm_effplugin.engine.contract import CONTRACT, violations
+
+    problems = list(violations())
+    return Check(
+        "vLLM interfaces", not problems, "; ".join(problems) or f"all {len(CONTRACT)} as expected"
+    )
 
 
 def _vllm_metadata() -> Check:

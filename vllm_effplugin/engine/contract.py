@@ -215,6 +215,11 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.compilation.backends", "set_model_tag", "compiling each segment", ("tag",)),
     Interface("vllm.platforms", "current_platform.ray_device_key", "refusing Ray where it fails"),
+    Interface("vllm.envs", "VLLM_USE_V2_MODEL_RUNNER", "`doctor`"),
+    Interface("vllm.triton_utils", "HAS_TRITON", "`doctor`"),
+    Interface("vllm", "ModelRegistry", "`doctor`"),
+    Interface("vllm", "LLM", "calibration text, `eval`"),
+    Interface("vllm", "SamplingParams", "calibration text, `eval`"),
     Interface("vllm.logger", "init_logger", "log lines under vLLM's settings", ("name",)),
     Interface("vllm.sequence", "IntermediateTensors", "the trunk's signature"),
 )
