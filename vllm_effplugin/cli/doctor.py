@@ -131,7 +131,8 @@ def _contract() -> Check:
     """Every vLLM interface in use is still what it was."""
     from vllm_effplugin.engine.contract import CONTRACT, violations
 
-    problems = list(violations())
+    with contextlib.redirect_stdout(sys.stderr):  # modules that are imported may print
+        problems = list(violations())
     return Check(
         "vLLM interfaces", not problems, "; ".join(problems) or f"all {len(CONTRACT)} as expected"
     )
