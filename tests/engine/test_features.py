@@ -12,6 +12,7 @@ from tests.engine.test_layer_parallel_logits import (
     largest_difference,
     prompts,
 )
+from tests.engine.test_off import run
 from tests.tiny import engine, isolated, overrides
 
 GROUPS = {"groups": MIXED_SIZES, "bypass": 1}
@@ -49,23 +50,11 @@ def test_ngram_speculation_gives_the_same_tokens(tiny):
     assert (tokens, 0) == speculated(tiny(), None)
 
 
-def compiled_on_two_ranks(model, layer_parallel: dict):
-    with engine(
-        model,
-        tp=2,
-        hf_overrides=overrides("Llama", {"layer_parallel": layer_parallel}),
-        enforce_eager=False,
-        max_logprobs=-1,
-        logprobs_mode="raw_logits",
-        max_num_batched_tokens=64,
-    ) as llm:
-        return generate(llm, prompts())
-
-
 def test_compiled_on_two_ranks(tiny):
     """Each rank compiles its own member's graph; both must make the same collective calls."""
     layer_parallel = {"groups": [[0, 1], [4, 5]], "bypass": 1}
-    results = isolated(compiled_on_two_ranks, tiny(), layer_parallel)
+    changed = overrides("Llama", {"layer_parallel": layer_parallel})
+    results = isolated(run, tiny(), changed, tp=2, enforce_eager=False)
     assert largest_difference(tiny(), layer_parallel, results, prompts()) <= 1e-3
 
 

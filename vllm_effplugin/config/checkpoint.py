@@ -14,12 +14,13 @@ without the `efficiency` block the directory then still is the stock model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,19 +208,11 @@ def write_checkpoint(
     Raises:
         CheckpointError: when `out` must not or cannot be written.
     """
-    require_output(out, overwrite=overwrite)
     config = read_model_config(base)
     config["architectures"] = [efficient_architecture(stock_architecture(config))]
     config["efficiency"] = efficiency.model_dump(mode="json", exclude_defaults=True)
     config["efficiency"].setdefault("version", efficiency.version)
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from None
-    try:
-        staging.chmod(0o755)
+    with staged_directory(out, overwrite=overwrite) as staging:
         for source in base.iterdir():
             if source.name not in ("config.json", PROVENANCE) and source.is_file():
                 _link(source, staging / source.name)
@@ -234,6 +227,28 @@ def write_checkpoint(
         for name, content in (files or {}).items():
             (staging / EXTRA_FOLDER / name).write_bytes(content)
         check_checkpoint(staging)
+
+
+@contextlib.contextmanager
+def staged_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new directory that takes the place of `out` when the block ends without an error.
+
+    It lies beside `out`, so that it moves there in one step and an interruption leaves nothing
+    half.
+
+    Raises:
+        CheckpointError: when `out` must not or cannot be written.
+    """
+    require_output(out, overwrite=overwrite)
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from None
+    try:
+        staging.chmod(0o755)
+        yield staging
         if out.exists():
             shutil.rmtree(out)
         staging.rename(out)
