@@ -107,7 +107,28 @@ def test_distilled_checkpoint_is_better_and_complete(run: Run, tmp_path: Path) -
     assert block.bypass == 1
     assert block.groups == ((4, 5), (6, 7, 8))
     quality = json.loads((out / "provenance.json").read_text())["quality"]
-    assert quality["distilled"]["kl"] < quality["grouped"]["kl"]
+    assert list(quality) == ["original", "grouped", "repaired", "distilled"]
+    assert quality["distilled"]["kl"] < quality["repaired"]["kl"] < quality["grouped"]["kl"]
+
+
+def test_repair_alone_writes_a_trained_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(prepare, "HELD_OUT_SEQUENCES", 8)
+    assert run(out, "--groups", "4,5;6,7,8", "--repair") == 0
+    block = check_checkpoint(out).layer_parallel
+    assert block is not None
+    assert block.trained
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert provenance["distillation"] is None
+    assert provenance["quality"]["repaired"]["kl"] < provenance["quality"]["grouped"]["kl"]
+
+
+def test_distillation_can_do_without_repair(run: Run, tmp_path: Path) -> None:
+    assert run(tmp_path / "out", *DISTILL, "--no-repair") == 0
+    quality = json.loads((tmp_path / "out" / "provenance.json").read_text())["quality"]
+    assert list(quality) == ["original", "grouped", "distilled"]
 
 
 def test_interrupted_run_resumes_to_the_same_tensors(

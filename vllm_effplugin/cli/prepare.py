@@ -29,7 +29,7 @@ class Train(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of matrix products in distillation."""
+    """Of matrix products in repair and distillation."""
 
     auto = "auto"
     bf16 = "bf16"
@@ -66,6 +66,13 @@ def layer_parallel(
         int, typer.Option(help="Most tokens of training text; distillation repeats it.")
     ] = 131072,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    repair: Annotated[
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="Refit the grouped layers by least squares; by default when distilling.",
+        ),
+    ] = None,
     distill_tokens: Annotated[
         int, typer.Option(help="Tokens of self-distillation; 0 leaves the weights alone.", min=0)
     ] = 0,
@@ -80,7 +87,7 @@ def layer_parallel(
     ] = 10.0,
     batch: Annotated[int, typer.Option(help="Sequences per training step.")] = 4,
     precision: Annotated[
-        Precision, typer.Option(help="Of training; `auto` asks the device.")
+        Precision, typer.Option(help="Of repair and training; `auto` asks the device.")
     ] = Precision.auto,
     seed: Annotated[int, typer.Option(help="Of text, training order and LoRA.")] = 0,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Search in this process.")] = False,
@@ -98,13 +105,12 @@ def layer_parallel(
 
     from pydantic import ValidationError
 
-    from vllm_effplugin.techniques.layer_parallel.distill import (
-        LEARNING_RATES,
-        default_precision,
-    )
+    from vllm_effplugin.techniques.layer_parallel.distill import LEARNING_RATES
+    from vllm_effplugin.techniques.layer_parallel.precision import default_precision
     from vllm_effplugin.techniques.layer_parallel.prepare import PrepareRequest
     from vllm_effplugin.techniques.layer_parallel.prepare import prepare as run
 
+    working = default_precision() if precision is Precision.auto else precision.value
     search: dict[str, Any] | None = None
     if target_depth is not None or max_kl is not None:
         search = {
@@ -122,7 +128,7 @@ def layer_parallel(
             "learning_rate": learning_rate or LEARNING_RATES[train.value],
             "matching": matching,
             "batch": batch,
-            "precision": default_precision() if precision is Precision.auto else precision.value,
+            "precision": working,
             "seed": seed,
         }
     try:
@@ -132,6 +138,8 @@ def layer_parallel(
                 "groups": None if groups is None else parse_groups(groups),
                 "schedule": schedule.value,
                 "bypass": bypass,
+                "repair": distill is not None if repair is None else repair,
+                "precision": working,
                 "distill": distill,
                 "text": text,
                 "text_tokens": text_tokens,

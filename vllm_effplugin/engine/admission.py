@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import check_extra_tensors
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan, build_plan
@@ -39,7 +39,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
         Raises:
             ConfigError, CheckpointError: naming the field or the tensor.
         """
-        efficiency = parse_efficiency(getattr(model_config.hf_config, "efficiency", None))
+        efficiency = efficiency_of(model_config.hf_config)
         num_layers = model_config.hf_config.num_hidden_layers
         efficiency.validate_for(num_layers)
         layer_parallel = efficiency.layer_parallel
@@ -62,11 +62,14 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             logger.info("%d layers in %d steps: %s", len(plan.unit_of), plan.depth, plan.describe())
 
 
+def efficiency_of(hf_config: Any) -> EfficiencyConfig:
+    """The validated `efficiency` block of a Hugging Face configuration; empty without one."""
+    return parse_efficiency(getattr(hf_config, "efficiency", None))
+
+
 def plan_for(hf_config: Any) -> Plan:
     """The plan of a Hugging Face configuration with (or without) an `efficiency` block."""
-    return build_plan(
-        parse_efficiency(getattr(hf_config, "efficiency", None)), hf_config.num_hidden_layers
-    )
+    return build_plan(efficiency_of(hf_config), hf_config.num_hidden_layers)
 
 
 def _refuse_anywhere(vllm_config: VllmConfig) -> None:
@@ -117,10 +120,10 @@ def _refuse_with_groups(vllm_config: VllmConfig, plan: Plan) -> None:
                 f"`{attribute}` ({meaning}) is not supported with layer-parallel groups: remove "
                 "`layer_parallel` from the efficiency block"
             )
-    efficiency = parse_efficiency(model.hf_config.efficiency)
-    assert efficiency.layer_parallel is not None
+    layer_parallel = efficiency_of(model.hf_config).layer_parallel
+    assert layer_parallel is not None
     check_placement(
-        efficiency.layer_parallel,
+        layer_parallel,
         plan,
         tp_size=parallel.tensor_parallel_size,
         num_heads=model.hf_config.num_attention_heads,

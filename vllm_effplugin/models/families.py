@@ -32,9 +32,8 @@ from vllm.model_executor.models.qwen3 import (
 )
 from vllm.model_executor.models.utils import maybe_prefix
 
-from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import EXTRA_FOLDER
-from vllm_effplugin.engine.admission import plan_for
+from vllm_effplugin.engine.admission import efficiency_of, plan_for
 from vllm_effplugin.models.trunk import (
     PlannedTrunk,
     arranged_weights,
@@ -183,10 +182,8 @@ class _EfficientForCausalLM(nn.Module):
     @staticmethod
     def _extra_files(vllm_config: VllmConfig) -> tuple[DefaultModelLoader.Source, ...]:
         """The checkpoint's extra tensors, which the loader streams after the base model's."""
-        efficiency = parse_efficiency(
-            getattr(vllm_config.model_config.hf_config, "efficiency", None)
-        )
-        if efficiency.layer_parallel is None or not efficiency.layer_parallel.trained:
+        layer_parallel = efficiency_of(vllm_config.model_config.hf_config).layer_parallel
+        if layer_parallel is None or not layer_parallel.trained:
             return ()
         return (
             DefaultModelLoader.Source(

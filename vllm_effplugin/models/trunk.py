@@ -17,8 +17,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from vllm_effplugin.config import parse_efficiency
-from vllm_effplugin.engine.admission import plan_for
+from vllm_effplugin.engine.admission import efficiency_of, plan_for
 from vllm_effplugin.engine.segments import build_segments, run_units
 from vllm_effplugin.plan import Plan
 from vllm_effplugin.techniques.layer_parallel.layer import (
@@ -57,7 +56,7 @@ def layer_factory(
         single: the family's own layer, called as the family's trunk calls it.
         attention: the family's attention, with the heads of several layers.
     """
-    efficiency = parse_efficiency(getattr(vllm_config.model_config.hf_config, "efficiency", None))
+    layer_parallel = efficiency_of(vllm_config.model_config.hf_config).layer_parallel
     unit_of = plan.unit_of
 
     def build(*args: Any, prefix: str, **kwargs: Any) -> nn.Module:
@@ -67,9 +66,8 @@ def layer_factory(
             return single(*args, prefix=prefix, **kwargs)
         if index != unit.first:
             return PPMissingLayer()
-        assert efficiency.layer_parallel is not None
-        group = group_class(efficiency.layer_parallel)
-        return group(vllm_config, unit, efficiency.layer_parallel, attention, prefix)
+        assert layer_parallel is not None
+        return group_class(layer_parallel)(vllm_config, unit, layer_parallel, attention, prefix)
 
     return build
 

@@ -20,7 +20,6 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +31,14 @@ from tqdm.auto import tqdm
 
 from vllm_effplugin.plan import Unit
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
+from vllm_effplugin.techniques.layer_parallel.precision import Precision, autocast
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
 
 LORA_RANK = 32
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-LEARNING_RATES = {"lora": 2e-3, "full": 5e-4}
+LEARNING_RATES = {"lora": 2e-3, "full": 3e-4}
 """Defaults for the short training of a small model; the paper's 1e-4 suits 8,000 long steps."""
 
 TEACHER_BYTES = 2 << 30
@@ -61,21 +61,13 @@ class DistillSettings(BaseModel):
     )
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps.")
     batch: int = Field(4, ge=1, description="Sequences per step.")
-    precision: Literal["bf16", "fp32"] = "fp32"
+    precision: Precision = "fp32"
     seed: int = 0
     save_seconds: float = Field(60.0, ge=0, description="Time between two saved states.")
 
     def steps(self, sequence_length: int) -> int:
         """Optimiser steps: at least `tokens` tokens."""
         return math.ceil(self.tokens / (self.batch * sequence_length))
-
-
-def default_precision() -> Literal["bf16", "fp32"]:
-    """`bf16` where the CPU or GPU multiplies bf16 matrices in hardware, else `fp32`."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("bf16") else "fp32"
 
 
 class Distiller:
@@ -89,10 +81,17 @@ class Distiller:
         config: groups and schedule of the student.
         settings: how to train.
         tokens: `[N, S]` training token ids.
+        initial: what the student's grouped layers start from, under checkpoint names; by default
+            the model's own tensors.
     """
 
     def __init__(
-        self, model: Any, config: LayerParallelConfig, settings: DistillSettings, tokens: Tensor
+        self,
+        model: Any,
+        config: LayerParallelConfig,
+        settings: DistillSettings,
+        tokens: Tensor,
+        initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config = config
         self.settings = settings
@@ -100,6 +99,7 @@ class Distiller:
         self.step = 0
         self.total_steps = settings.steps(tokens.shape[1])
         self.losses: list[float] = []
+        self.seconds = 0.0
         num_layers = int(model.config.num_hidden_layers)
         units = partition_units(config.resolve_groups(num_layers), num_layers)
         first = next(i for i, unit in enumerate(units) if unit.is_group)
@@ -107,19 +107,21 @@ class Distiller:
         self.grouped = [layer for unit in units if unit.is_group for layer in unit.layers]
 
         # Aliases of the weights as loaded: `to` gives a parameter new memory where it converts.
-        self._originals = self._grouped_tensors(model)
+        loaded = self._grouped_tensors(model)
+        self._dtypes = {name: value.dtype for name, value in loaded.items()}
+        self._initial = loaded if initial is None else initial
         compute = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         model.to(compute).requires_grad_(False).eval()
-        self._teacher = ReferenceDecoder(model)
+        self._teacher = ReferenceDecoder(with_own_layers(model, self.grouped))
         self._peft: Any = None
         torch.manual_seed(settings.seed)
         if settings.train == "lora":
+            self._restore_initial(model)
             self._peft = _add_lora(model, self.grouped)
         else:
-            self._teacher = ReferenceDecoder(_with_own_layers(model, self.grouped))
             for layer in self.grouped:
                 model.model.layers[layer].float().requires_grad_(True)
-            self._restore_originals(model)
+            self._restore_initial(model)
         self._student = ReferenceDecoder(model)
         self._known: dict[int, Tensor] = {}
         states = 2 + sum(unit.is_group for unit in units)
@@ -152,8 +154,10 @@ class Distiller:
             unit_scale=True,
         ) as bar:
             for rows in self._batches():
+                started = time.monotonic()
                 self.losses.append(self._optimise(rows))
                 self.step += 1
+                self.seconds += time.monotonic() - started
                 bar.set_postfix(loss=f"{_recent(self.losses):.4f}", refresh=False)
                 bar.update(len(rows) * sequence_length)
                 stopping = self.step in (stop_after, self.total_steps)
@@ -172,7 +176,7 @@ class Distiller:
         if self._peft is not None:
             self._merge()
         return {
-            name: value.to("cpu", self._originals[name].dtype).contiguous()
+            name: value.to("cpu", self._dtypes[name]).contiguous()
             for name, value in self._grouped_tensors(self._student.model).items()
         }
 
@@ -183,7 +187,7 @@ class Distiller:
             mean KL(teacher || student) per token, in nats; and the mean squared distance of hidden
             states relative to the teacher's squared norm, summed over the groups.
         """
-        with self._autocast():
+        with autocast(self.tokens.device, self.settings.precision):
             states, context = self._teach(rows)
             hidden, *behind_groups, target = states.unbind(1)
             mismatch = torch.zeros((), device=hidden.device)
@@ -207,15 +211,14 @@ class Distiller:
         wanted = rows.tolist()
         if all(row in self._known for row in wanted):
             return torch.stack([self._known[row] for row in wanted]), context
-        with self._teacher_weights():
-            hidden = self._teacher.run(self._prefix, hidden, context)
-            states = [hidden]
-            for unit in self._student_units:
-                members = [Unit((layer,)) for layer in unit.layers]
-                hidden = self._teacher.run(members, hidden, context)
-                if unit.is_group:
-                    states.append(hidden)
-            states.append(self._teacher.decoder.norm(hidden).to(hidden.dtype))
+        hidden = self._teacher.run(self._prefix, hidden, context)
+        states = [hidden]
+        for unit in self._student_units:
+            members = [Unit((layer,)) for layer in unit.layers]
+            hidden = self._teacher.run(members, hidden, context)
+            if unit.is_group:
+                states.append(hidden)
+        states.append(self._teacher.decoder.norm(hidden).to(hidden.dtype))
         stacked = torch.stack(states, 1)
         if self._keep_teacher:
             self._known.update(zip(wanted, stacked, strict=True))
@@ -250,19 +253,12 @@ class Distiller:
             order = torch.randperm(len(self.tokens), generator=generator)
             yield order[place * size : (place + 1) * size]
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        enabled = self.settings.precision == "bf16"
-        return torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=enabled)
-
-    def _teacher_weights(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._peft is None else self._peft.disable_adapter()
-
     @torch.no_grad()
     def _merge(self) -> None:
-        """Merge LoRA in fp32 into the weights as loaded, so that the sum is rounded once."""
+        """Merge LoRA in fp32 into the weights it started from, so that the sum is rounded once."""
         for layer in self.grouped:
             self._student.layers[layer].float()
-        self._restore_originals(self._student.model)
+        self._restore_initial(self._student.model)
         self._peft.merge_and_unload()
 
     def _grouped_tensors(self, model: Any) -> dict[str, Tensor]:
@@ -272,11 +268,11 @@ class Distiller:
         }
 
     @torch.no_grad()
-    def _restore_originals(self, model: Any) -> None:
+    def _restore_initial(self, model: Any) -> None:
         for name, value in self._grouped_tensors(model).items():
-            original = self._originals.get(name.replace(".base_layer.", "."))
-            if original is not None:  # None: a LoRA weight
-                value.copy_(original)
+            initial = self._initial.get(name.replace(".base_layer.", "."))
+            if initial is not None:  # None: a LoRA weight
+                value.copy_(initial)
 
     def _save(self, folder: Path) -> None:
         """Write weights and optimiser state, then what points at them: never half of a pair."""
@@ -289,7 +285,8 @@ class Distiller:
         weights = folder / f"train-{self.step}.safetensors"
         save_file(tensors, weights)
         pointer = folder / "train.json.tmp"
-        pointer.write_text(json.dumps({"step": self.step, "losses": self.losses}))
+        progress = {"step": self.step, "losses": self.losses, "seconds": self.seconds}
+        pointer.write_text(json.dumps(progress))
         os.replace(pointer, folder / "train.json")
         for old in folder.glob("train-*.safetensors"):
             if old != weights:
@@ -299,6 +296,7 @@ class Distiller:
     def _load(self, folder: Path) -> None:
         state: Mapping[str, Any] = json.loads((folder / "train.json").read_text())
         self.step, self.losses = state["step"], state["losses"]
+        self.seconds = state["seconds"]
         tensors = load_file(folder / f"train-{self.step}.safetensors")
         for name, value in self.trainable.items():
             value.copy_(tensors[f"weight.{name}"])
@@ -321,13 +319,21 @@ class _HeadDivergence(torch.autograd.Function):
         """Loss of normed hidden states `[N, d]` of both, under `[V, d]` head weights."""
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.empty_like(student)
-        for start in range(0, len(student), LOGITS_CHUNK):
-            part = slice(start, start + LOGITS_CHUNK)
-            log_t = torch.log_softmax((teacher[part].to(head.dtype) @ head.T).float(), -1)
-            log_q = torch.log_softmax((student[part].to(head.dtype) @ head.T).float(), -1)
-            t = log_t.exp()
-            total += (t * log_t.sub_(log_q)).sum(-1).double().sum()
-            gradient[part] = log_q.exp_().sub_(t).to(head.dtype) @ head
+        rows, vocab = min(LOGITS_CHUNK, len(student)), len(head)
+        # Written again for each chunk: fresh memory of this size costs more than the arithmetic.
+        products = head.new_empty(rows, vocab)
+        logits, log_t, log_q = (torch.empty(rows, vocab, device=head.device) for _ in range(3))
+        for start in range(0, len(student), rows):
+            part = slice(start, start + rows)
+            n = len(student[part])
+            for hidden, log_p in ((teacher, log_t), (student, log_q)):
+                torch.mm(hidden[part].to(head.dtype), head.T, out=products[:n])
+                logits[:n].copy_(products[:n])
+                torch.log_softmax(logits[:n], -1, out=log_p[:n])
+            t = torch.exp(log_t[:n], out=logits[:n])
+            total += log_t[:n].sub_(log_q[:n]).mul_(t).sum(-1).double().sum()
+            products[:n].copy_(log_q[:n].exp_().sub_(t))
+            gradient[part] = products[:n] @ head
         ctx.save_for_backward(gradient.div_(len(student)))
         return (total / len(student)).to(torch.float32)
 
@@ -365,7 +371,7 @@ def _add_lora(model: Any, layers: list[int]) -> Any:
     return get_peft_model(model, config)  # LoRA weights are fp32 also on a bf16 model
 
 
-def _with_own_layers(model: Any, layers: list[int]) -> Any:
+def with_own_layers(model: Any, layers: list[int]) -> Any:
     """A model that shares all of `model` but has copies of `layers`."""
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():

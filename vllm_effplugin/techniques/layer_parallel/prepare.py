@@ -35,8 +35,11 @@ from vllm_effplugin.techniques.layer_parallel.distill import (
     Distiller,
     DistillSettings,
     apply_replacements,
+    with_own_layers,
 )
+from vllm_effplugin.techniques.layer_parallel.precision import Precision
 from vllm_effplugin.techniques.layer_parallel.ray_search import open_evaluator
+from vllm_effplugin.techniques.layer_parallel.repair import Repair
 from vllm_effplugin.techniques.layer_parallel.report import (
     Quality,
     QualityMeter,
@@ -56,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 SEARCH_SEQUENCES = 4
 HELD_OUT_SEQUENCES = 16
+REPAIR_TOKENS = 32768
 LOSS_POINTS = 100
 """Most points of the loss curve that the provenance keeps."""
 
@@ -69,6 +73,8 @@ class PrepareRequest(BaseModel):
     groups: tuple[tuple[int, ...], ...] | None = Field(None, description="Or the groups.")
     schedule: Literal["bypass", "fused"] = "bypass"
     bypass: int = Field(0, ge=0)
+    repair: bool = Field(False, description="Refit the grouped layers by least squares.")
+    precision: Precision = Field("fp32", description="Of matrix products in repair and training.")
     distill: DistillSettings | None = None
     text: Path | None = Field(None, description="A file; else the model writes the text.")
     text_tokens: int = Field(131072, ge=1, description="Most tokens of training text.")
@@ -77,10 +83,11 @@ class PrepareRequest(BaseModel):
 
     def text_shape(self) -> TextShape:
         """How much text the stages need."""
-        wanted = min(self.distill.tokens, self.text_tokens) if self.distill else 0
+        distill = min(self.distill.tokens, self.text_tokens) if self.distill else 0
+        repair = min(REPAIR_TOKENS, self.text_tokens) if self.repair else 0
         return TextShape(
             sequence_length=self.sequence_length,
-            train=max(SEARCH_SEQUENCES, -(-wanted // self.sequence_length)),
+            train=max(SEARCH_SEQUENCES, -(-max(distill, repair) // self.sequence_length)),
             held_out=HELD_OUT_SEQUENCES,
             at_least=SEARCH_SEQUENCES,
         )
@@ -108,7 +115,8 @@ def prepare(
         console: where the tables go.
 
     Returns:
-        quality on held-out text of `original`, `grouped` and, where trained, `distilled`.
+        quality on held-out text of `original`, `grouped` and, where asked for, `repaired` and
+        `distilled`.
 
     Raises:
         ConfigError: settings or text that cannot work, or an unknown architecture.
@@ -147,15 +155,28 @@ def prepare(
         "original": meter.original(),
         "grouped": meter.measure(original, layer_parallel, "grouped"),
     }
-    tensors: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] | None = None
+
+    def measure(stage: str, tensors: Mapping[str, Tensor]) -> None:
+        changed = load_model(model)
+        apply_replacements(changed, tensors)
+        quality[stage] = meter.measure(changed, layer_parallel, stage)
+
+    if request.repair:
+        trained = work.load_repair()
+        if trained is None:
+            trained = _repair(original, layer_parallel, text.train, request.precision)
+            work.save_repair(trained)
+        measure("repaired", trained)
     training: dict[str, Any] | None = None
     if request.distill is not None:
-        tensors, training = _distill(model, layer_parallel, request.distill, text.train, work)
+        trained, training = _distill(
+            model, layer_parallel, request.distill, text.train, trained, work
+        )
+        measure("distilled", trained)
+    if trained is not None:
         efficiency = _efficiency(request, layer_parallel.resolve_groups(num_layers), trained=True)
-        tensors.update(_remaining_tensors(model, efficiency, num_layers, tensors))
-        trained = load_model(model)
-        apply_replacements(trained, tensors)
-        quality["distilled"] = meter.measure(trained, layer_parallel, "distilled")
+        trained = _as_stored(model, efficiency, num_layers, trained)
 
     console.print(quality_table(quality))
     files = {"frontier.png": frontier_png(result, quality, num_layers)} if result else {}
@@ -163,7 +184,7 @@ def prepare(
         model,
         out,
         efficiency,
-        tensors=tensors or None,
+        tensors=trained,
         provenance={
             **collect_provenance(),
             "technique": "layer_parallel",
@@ -281,38 +302,65 @@ def _search(model: Path, settings: SearchSettings, tokens: Tensor, use_ray: bool
         return search_partition(evaluator, settings)
 
 
+def _repair(
+    original: Any, config: LayerParallelConfig, tokens: Tensor, precision: Precision
+) -> dict[str, Tensor]:
+    """Refitted tensors of the grouped layers, fp32."""
+    layers = [
+        layer for group in config.resolve_groups(len(original.model.layers)) for layer in group
+    ]
+    grouped = with_own_layers(original, layers)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count = max(1, REPAIR_TOKENS // tokens.shape[1])
+    tokens = tokens[:count].to(device)
+    Repair(original.to(device), grouped.to(device), config, tokens, precision=precision).run()
+    original.to("cpu")
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    return {
+        name: value.cpu()
+        for name, value in grouped.state_dict().items()
+        if name.startswith(prefixes)
+    }
+
+
 def _distill(
     model: Path,
     config: LayerParallelConfig,
     settings: DistillSettings,
     tokens: Tensor,
+    initial: Mapping[str, Tensor] | None,
     work: WorkDirectory,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trained tensors, and what the provenance says about the training."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original = load_model(model, "auto").to(device)
-    distiller = Distiller(original, config, settings, tokens.to(device))
+    distiller = Distiller(original, config, settings, tokens.to(device), initial)
     distiller.train(work.folder)
     stride = max(1, len(distiller.losses) // LOSS_POINTS)
     training = {
         "steps": distiller.step,
         "tokens": distiller.step * settings.batch * tokens.shape[1],
         "text_tokens": tokens.numel(),
+        "seconds": round(distiller.seconds, 1),
         "loss": [round(loss, 5) for loss in distiller.losses[::stride]],
     }
     return distiller.replacement_tensors(), training
 
 
-def _remaining_tensors(
-    model: Path, efficiency: EfficiencyConfig, num_layers: int, known: Mapping[str, Tensor]
+def _as_stored(
+    model: Path, efficiency: EfficiencyConfig, num_layers: int, trained: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Tensors of grouped layers that the file has and the model does not, such as old buffers."""
+    """All tensors of the grouped layers that the base has, in its dtypes.
+
+    The file may hold some that the model does not, such as buffers of older versions.
+    """
     from safetensors import safe_open
 
-    names = replaced_tensor_names(efficiency, num_layers, base_tensors(model)) - known.keys()
-    remaining: dict[str, Tensor] = {}
-    for path in sorted(model.glob("*.safetensors")) if names else ():
+    names = replaced_tensor_names(efficiency, num_layers, base_tensors(model))
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            stored = names.intersection(file.keys())
-            remaining.update({name: file.get_tensor(name) for name in stored})
-    return remaining
+            for name in names.intersection(file.keys()):
+                stored = file.get_tensor(name)
+                tensors[name] = trained.get(name, stored).to(stored.dtype).contiguous()
+    return tensors

@@ -99,21 +99,32 @@ class ReferenceDecoder:
         return u + self.mlp_delta(index, u)
 
     def _group(
-        self,
-        unit: Unit,
-        x: Tensor,
-        context: dict[str, Any],
-        config: LayerParallelConfig | None,
+        self, unit: Unit, x: Tensor, context: dict[str, Any], config: LayerParallelConfig | None
     ) -> Tensor:
-        config = config or LayerParallelConfig(groups=(unit.layers,))
+        if config is None:
+            raise ValueError(f"no schedule given for the group {list(unit.layers)}")
         attention = [self.attention_delta(index, x, context) for index in unit.layers]
-        output = x + sum(attention)
-        for j, index in enumerate(unit.layers):
-            if config.schedule == "fused":
-                output = output + self.mlp_delta(index, x + sum(attention))
-                continue
-            bypass = sum(attention[max(0, j - config.bypass) : j], torch.zeros_like(x))
-            output = output + self.mlp_delta(index, x + attention[j] + bypass)
-            if config.double_count_bypass:
-                output = output + bypass
+        output, inputs = group_states(x, attention, config)
+        for index, u in zip(unit.layers, inputs, strict=True):
+            output = output + self.mlp_delta(index, u)
         return output
+
+
+def group_states(
+    x: Tensor, attention: Sequence[Tensor], config: LayerParallelConfig
+) -> tuple[Tensor, list[Tensor]]:
+    """What the schedule makes of a group's input and its members' attention deltas.
+
+    Returns:
+        the group's output without its MLP deltas, and the input `u_j` of each member's MLP.
+    """
+    carried = x + sum(attention)
+    if config.schedule == "fused":
+        return carried, [carried] * len(attention)
+    inputs = []
+    for j, delta in enumerate(attention):
+        bypass = sum(attention[max(0, j - config.bypass) : j], torch.zeros_like(x))
+        inputs.append(x + delta + bypass)
+        if config.double_count_bypass:
+            carried = carried + bypass
+    return carried, inputs

@@ -3,6 +3,7 @@
 fingerprint.json     the arguments that everything else here belongs to
 text.safetensors     calibration and held-out token ids
 search.json          the search's result
+repair.safetensors   grouped layers after the least-squares repair
 train.json           training state, see `distill`
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vllm_effplugin.errors import CheckpointError
 from vllm_effplugin.techniques.layer_parallel.calibration import Calibration
@@ -68,9 +70,9 @@ class WorkDirectory:
             _write_text(self._mark, self._fingerprint)
         except OSError as error:
             raise CheckpointError(f"the work directory cannot be written: {error}") from None
-        temporary = self.folder / "text.tmp"
-        save_file({"train": text.train, "held_out": text.held_out}, temporary)
-        os.replace(temporary, self.folder / "text.safetensors")
+        _write_tensors(
+            self.folder / "text.safetensors", {"train": text.train, "held_out": text.held_out}
+        )
 
     def load_search(self) -> SearchResult | None:
         """The search's result, if that stage was finished."""
@@ -81,6 +83,15 @@ class WorkDirectory:
         """Keep the search's result."""
         _write_text(self.folder / "search.json", result.model_dump_json(indent=2))
 
+    def load_repair(self) -> dict[str, Tensor] | None:
+        """The repaired layers' tensors, if that stage was finished."""
+        path = self.folder / "repair.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def save_repair(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the repaired layers' tensors."""
+        _write_tensors(self.folder / "repair.safetensors", tensors)
+
     def remove(self) -> None:
         """Delete everything: the checkpoint is written."""
         shutil.rmtree(self.folder)
@@ -89,4 +100,10 @@ class WorkDirectory:
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(dict(tensors), temporary)
     os.replace(temporary, path)
