@@ -111,6 +111,27 @@ def test_untrained_export_is_the_base_even_from_bf16(tiny: Tiny, train: str) -> 
         assert torch.equal(tensor, base[name]), name
 
 
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_student_can_start_from_other_weights_than_the_teacher(
+    tiny: Tiny, train: str, precision: str
+) -> None:
+    base = load_model(tiny())
+    torch.manual_seed(1)
+    initial = {
+        name: value + 0.01 * torch.randn_like(value)
+        for name, value in base.state_dict().items()
+        if name.startswith(GROUPED)
+    }
+    settings = DistillSettings(tokens=64, learning_rate=1e-3, train=train, precision=precision)
+    trainer = Distiller(load_model(tiny()), CONFIG, settings, TOKENS, initial)
+    taught, _ = trainer._teach(torch.arange(2))
+    untouched, _ = distiller(tiny(), train=train, precision=precision)._teach(torch.arange(2))
+    assert torch.equal(taught, untouched)
+    for name, tensor in trainer.replacement_tensors().items():
+        assert torch.equal(tensor, initial[name]), name
+
+
 def test_bf16_trains_too(tiny: Tiny) -> None:
     trainer = distiller(tiny(), steps=12, precision="bf16", train="full")
     assert {value.dtype for value in trainer.trainable.values()} == {torch.float32}

@@ -111,3 +111,9 @@ def test_schedules_differ(tiny: Tiny) -> None:
     for i, first in enumerate(outputs):
         for second in outputs[:i]:
             assert (first - second).abs().max() > 1e-3
+
+
+def test_a_group_needs_a_schedule(tiny: Tiny) -> None:
+    decoder = ReferenceDecoder(load_model(tiny()))
+    with pytest.raises(ValueError, match=r"no schedule given for the group \[3, 4\]"):
+        decoder(TOKENS, partition_units(((3, 4),), LAYERS))

@@ -63,7 +63,7 @@ def layer_parallel(
         Path | None, typer.Option(help=".txt or .jsonl file; else the model writes the text.")
     ] = None,
     text_tokens: Annotated[
-        int, typer.Option(help="Most tokens of training text; distillation repeats it.")
+        int, typer.Option(help="Most tokens of training text; distillation repeats a shorter one.")
     ] = 131072,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     repair: Annotated[
@@ -74,7 +74,7 @@ def layer_parallel(
         ),
     ] = None,
     distill_tokens: Annotated[
-        int, typer.Option(help="Tokens of self-distillation; 0 leaves the weights alone.", min=0)
+        int, typer.Option(help="Tokens of self-distillation; 0: none.", min=0)
     ] = 0,
     train: Annotated[
         Train, typer.Option(help="LoRA on the grouped layers, or the layers in full.")
@@ -96,7 +96,7 @@ def layer_parallel(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Run adjacent layers concurrently (CQIL): search the groups, distil, write a checkpoint.
+    """Run adjacent layers concurrently (CQIL): search groups, repair, distil, write a checkpoint.
 
     Give one of --target-depth, --max-kl and --groups. The same command continues after an
     interruption.
@@ -131,6 +131,7 @@ def layer_parallel(
             "precision": working,
             "seed": seed,
         }
+    wanted = distill is not None if repair is None else repair
     try:
         request = PrepareRequest.model_validate(
             {
@@ -138,8 +139,7 @@ def layer_parallel(
                 "groups": None if groups is None else parse_groups(groups),
                 "schedule": schedule.value,
                 "bypass": bypass,
-                "repair": distill is not None if repair is None else repair,
-                "precision": working,
+                "repair": {"precision": working} if wanted else None,
                 "distill": distill,
                 "text": text,
                 "text_tokens": text_tokens,

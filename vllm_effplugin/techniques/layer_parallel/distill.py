@@ -5,8 +5,9 @@ the student the grouped schedule with LoRA on its grouped layers, the loss KL(te
 per token. To that, short training adds the mismatch of hidden states behind each group: student and
 teacher have the same interface there, and it says more per token than the final distribution.
 
-Teacher and student share everything that is frozen: the layers before the first group run once for
-both, and what the teacher says of a text that repeats is kept.
+Teacher and student share all layers outside the groups: those before the first group run once for
+both, and what the teacher says of a text that repeats is kept. Within the groups the student may
+start from other weights than the teacher's, such as repaired ones.
 
 Shapes: `B` sequences, `S` positions, `d` hidden size, `V` vocabulary, `N` = `B * S` tokens,
 `G` groups.

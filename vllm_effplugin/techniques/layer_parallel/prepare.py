@@ -1,4 +1,4 @@
-"""`effplugin prepare layer-parallel`: text, search, distillation, checkpoint.
+"""`effplugin prepare layer-parallel`: text, search, repair, distillation, checkpoint.
 
 Every stage leaves its result in a work directory, so that the same command continues where an
 interrupted one stopped.
@@ -37,9 +37,8 @@ from vllm_effplugin.techniques.layer_parallel.distill import (
     apply_replacements,
     with_own_layers,
 )
-from vllm_effplugin.techniques.layer_parallel.precision import Precision
 from vllm_effplugin.techniques.layer_parallel.ray_search import open_evaluator
-from vllm_effplugin.techniques.layer_parallel.repair import Repair
+from vllm_effplugin.techniques.layer_parallel.repair import Repair, RepairSettings
 from vllm_effplugin.techniques.layer_parallel.report import (
     Quality,
     QualityMeter,
@@ -59,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 SEARCH_SEQUENCES = 4
 HELD_OUT_SEQUENCES = 16
-REPAIR_TOKENS = 32768
 LOSS_POINTS = 100
 """Most points of the loss curve that the provenance keeps."""
 
@@ -73,8 +71,7 @@ class PrepareRequest(BaseModel):
     groups: tuple[tuple[int, ...], ...] | None = Field(None, description="Or the groups.")
     schedule: Literal["bypass", "fused"] = "bypass"
     bypass: int = Field(0, ge=0)
-    repair: bool = Field(False, description="Refit the grouped layers by least squares.")
-    precision: Precision = Field("fp32", description="Of matrix products in repair and training.")
+    repair: RepairSettings | None = Field(None, description="Least squares, before distillation.")
     distill: DistillSettings | None = None
     text: Path | None = Field(None, description="A file; else the model writes the text.")
     text_tokens: int = Field(131072, ge=1, description="Most tokens of training text.")
@@ -84,7 +81,7 @@ class PrepareRequest(BaseModel):
     def text_shape(self) -> TextShape:
         """How much text the stages need."""
         distill = min(self.distill.tokens, self.text_tokens) if self.distill else 0
-        repair = min(REPAIR_TOKENS, self.text_tokens) if self.repair else 0
+        repair = min(self.repair.tokens, self.text_tokens) if self.repair else 0
         return TextShape(
             sequence_length=self.sequence_length,
             train=max(SEARCH_SEQUENCES, -(-max(distill, repair) // self.sequence_length)),
@@ -149,6 +146,8 @@ def prepare(
 
     layer_parallel = efficiency.layer_parallel
     assert layer_parallel is not None
+    groups = layer_parallel.resolve_groups(num_layers)
+    layers = [layer for group in groups for layer in group]
     original = load_model(model)
     meter = QualityMeter(original, text.held_out)
     quality = {
@@ -156,27 +155,30 @@ def prepare(
         "grouped": meter.measure(original, layer_parallel, "grouped"),
     }
     trained: dict[str, Tensor] | None = None
+    stored: dict[str, Tensor] | None = None
 
-    def measure(stage: str, tensors: Mapping[str, Tensor]) -> None:
-        changed = load_model(model)
-        apply_replacements(changed, tensors)
+    def measure(stage: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Measure what will be written, rounded to the base's dtypes."""
+        rounded = _as_stored(model, layer_parallel, num_layers, tensors)
+        changed = with_own_layers(original, layers)
+        apply_replacements(changed, rounded)
         quality[stage] = meter.measure(changed, layer_parallel, stage)
+        return rounded
 
-    if request.repair:
+    if request.repair is not None:
         trained = work.load_repair()
         if trained is None:
-            trained = _repair(original, layer_parallel, text.train, request.precision)
+            trained = _repair(original, layer_parallel, request.repair, text.train)
             work.save_repair(trained)
-        measure("repaired", trained)
+        stored = measure("repaired", trained)
     training: dict[str, Any] | None = None
     if request.distill is not None:
         trained, training = _distill(
             model, layer_parallel, request.distill, text.train, trained, work
         )
-        measure("distilled", trained)
-    if trained is not None:
-        efficiency = _efficiency(request, layer_parallel.resolve_groups(num_layers), trained=True)
-        trained = _as_stored(model, efficiency, num_layers, trained)
+        stored = measure("distilled", trained)
+    if stored is not None:
+        efficiency = _efficiency(request, groups, trained=True)
 
     console.print(quality_table(quality))
     files = {"frontier.png": frontier_png(result, quality, num_layers)} if result else {}
@@ -184,7 +186,7 @@ def prepare(
         model,
         out,
         efficiency,
-        tensors=trained,
+        tensors=stored,
         provenance={
             **collect_provenance(),
             "technique": "layer_parallel",
@@ -303,7 +305,7 @@ def _search(model: Path, settings: SearchSettings, tokens: Tensor, use_ray: bool
 
 
 def _repair(
-    original: Any, config: LayerParallelConfig, tokens: Tensor, precision: Precision
+    original: Any, config: LayerParallelConfig, settings: RepairSettings, tokens: Tensor
 ) -> dict[str, Tensor]:
     """Refitted tensors of the grouped layers, fp32."""
     layers = [
@@ -311,9 +313,8 @@ def _repair(
     ]
     grouped = with_own_layers(original, layers)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    count = max(1, REPAIR_TOKENS // tokens.shape[1])
-    tokens = tokens[:count].to(device)
-    Repair(original.to(device), grouped.to(device), config, tokens, precision=precision).run()
+    tokens = tokens[: max(SEARCH_SEQUENCES, settings.tokens // tokens.shape[1])].to(device)
+    Repair(original.to(device), grouped.to(device), config, tokens, settings).run()
     original.to("cpu")
     prefixes = tuple(f"model.layers.{layer}." for layer in layers)
     return {
@@ -340,7 +341,7 @@ def _distill(
     training = {
         "steps": distiller.step,
         "tokens": distiller.step * settings.batch * tokens.shape[1],
-        "text_tokens": tokens.numel(),
+        "text_tokens": min(tokens.numel(), distiller.step * settings.batch * tokens.shape[1]),
         "seconds": round(distiller.seconds, 1),
         "loss": [round(loss, 5) for loss in distiller.losses[::stride]],
     }
@@ -348,15 +349,21 @@ def _distill(
 
 
 def _as_stored(
-    model: Path, efficiency: EfficiencyConfig, num_layers: int, trained: Mapping[str, Tensor]
+    model: Path, config: LayerParallelConfig, num_layers: int, trained: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """All tensors of the grouped layers that the base has, in its dtypes.
 
     The file may hold some that the model does not, such as buffers of older versions.
+
+    Raises:
+        CheckpointError: when the base stores a trained tensor under no such name.
     """
     from safetensors import safe_open
 
+    efficiency = EfficiencyConfig(layer_parallel=config.model_copy(update={"trained": True}))
     names = replaced_tensor_names(efficiency, num_layers, base_tensors(model))
+    if unknown := sorted(trained.keys() - names):
+        raise CheckpointError(f"{model} stores no tensor {unknown[0]}")
     tensors: dict[str, Tensor] = {}
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "pt") as file:

@@ -2,7 +2,7 @@
 
 Grouping changes what a layer reads: a member's attention sees the group's input instead of the
 output of the layer before, and its MLP lacks a few terms. Much of the difference is linear in what
-it does see, so three linear regressions per group take it back:
+it does see, so linear regressions take it back, two per member and one per group:
 
 1. `Norm1_j(x)` to the original's input of attention `j`, folded into the q, k and v projections;
 2. `Norm2_j(u_j)` to the original's input of MLP `j`, folded into the gate and up projections;
@@ -10,18 +10,21 @@ it does see, so three linear regressions per group take it back:
    projections.
 
 Groups are repaired in order, each on the states that the repaired groups before it produce, so
-that a later group also corrects what earlier ones left.
+that a later group also corrects what earlier ones left. A part of the text is kept from the
+regressions; a group that they do not bring closer to the original there stays as it was.
 
-Shapes: `N` tokens, `S` positions, `d` hidden size, `f` features of a regression, `p` layers of a
-group.
+Shapes: `M` sequences, `S` positions, `N` tokens, `B` sequences of a batch, `d` hidden size, `f`
+features and `o` targets of a regression.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -31,11 +34,27 @@ from vllm_effplugin.techniques.layer_parallel.precision import Precision, autoca
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder, group_states
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
 
-RIDGE = 0.1
-"""Regularisation, relative to the mean square of the features."""
+logger = logging.getLogger(__name__)
 
 BATCH = 8
 """Sequences that run through a layer at a time."""
+
+HELD_OUT = 8
+"""One sequence in so many is kept from the regressions."""
+
+
+class RepairSettings(BaseModel):
+    """How to repair."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(32768, ge=1, description="Most tokens of the training text to fit on.")
+    ridge: float = Field(
+        0.1, gt=0, description="Regularisation, relative to the mean square of the features."
+    )
+    precision: Precision = Field(
+        "fp32", description="Of the layers' products; the regressions are in fp32 and fp64."
+    )
 
 
 class LeastSquares:
@@ -57,10 +76,12 @@ class LeastSquares:
         self._cross.addmm_(features.T, targets.float())
 
     def solve(self, ridge: float) -> Tensor:
-        """`W`, `[f, o]`."""
+        """`W`, `[f, o]`. To be called once: what was gathered is given back."""
         gram = self._gram.double()
+        del self._gram
         gram.diagonal().add_(ridge * gram.diagonal().mean())
-        return torch.linalg.solve(gram, self._cross.double()).float()
+        factor = torch.linalg.cholesky(gram)
+        return torch.cholesky_solve(self._cross.double(), factor).float()
 
 
 class Repair:
@@ -70,9 +91,8 @@ class Repair:
         original: a Hugging Face causal language model in fp32; it is not changed.
         grouped: a copy of it whose grouped layers are its own; they are changed in place.
         config: groups and schedule.
-        tokens: `[M, S]` token ids to fit on.
-        precision: of the layers' matrix products; the regressions are in fp32 and fp64.
-        ridge: regularisation, relative to the mean square of the features.
+        tokens: `[M, S]` token ids, `M` at least 2.
+        settings: how to repair.
     """
 
     def __init__(
@@ -81,43 +101,42 @@ class Repair:
         grouped: Any,
         config: LayerParallelConfig,
         tokens: Tensor,
-        *,
-        precision: Precision = "fp32",
-        ridge: float = RIDGE,
+        settings: RepairSettings,
     ) -> None:
         self._original = ReferenceDecoder(original)
         self._grouped = ReferenceDecoder(grouped)
         self._config = config
-        self._tokens = tokens
-        self._ridge = ridge
-        self._autocast = autocast(tokens.device, precision)
+        self._settings = settings
         num_layers = len(self._original.layers)
         self._units = partition_units(config.resolve_groups(num_layers), num_layers)
+        held_out = max(1, len(tokens) // HELD_OUT)
+        fitted = tokens[held_out:].split(BATCH)
+        self._batches = (*fitted, *tokens[:held_out].split(BATCH))
+        self._fitted = slice(len(fitted))
+        self._held_out = slice(len(fitted), None)
 
     @torch.no_grad()
     def run(self) -> None:
         """Repair all groups, first to last."""
-        with self._autocast:
+        with autocast(self._batches[0].device, self._settings.precision):
             self._run_units()
 
     def _run_units(self) -> None:
         last = max(i for i, unit in enumerate(self._units) if unit.is_group)
-        batches = self._tokens.split(BATCH)
-        embedded = [self._original.embed(batch) for batch in batches]
-        self._contexts = [context for _, context in embedded]
-        target = [hidden for hidden, _ in embedded]
-        states = list(target)
+        hidden, self._contexts = zip(*map(self._original.embed, self._batches), strict=True)
+        target = states = list(hidden)
+        del hidden
         for unit in tqdm(self._units[: last + 1], desc="least-squares repair", unit="unit"):
             if unit.is_group:
                 target, states = self._repair(unit, target, states)
                 continue
-            same = states[0] is target[0]  # before the first group
+            same = states is target  # before the first group
             target = self._run(self._original, unit, target)
-            states = list(target) if same else self._run(self._grouped, unit, states)
+            states = target if same else self._run(self._grouped, unit, states)
 
     def _run(self, decoder: ReferenceDecoder, unit: Unit, states: Sequence[Tensor]) -> list[Tensor]:
         return [
-            decoder.run((unit,), hidden, context)
+            decoder.run((unit,), hidden, context, self._config)
             for hidden, context in zip(states, self._contexts, strict=True)
         ]
 
@@ -134,6 +153,33 @@ class Repair:
             both models' states behind the group.
         """
         attention_inputs, mlp_inputs, target = self._original_states(unit, target)
+        untouched = self._run(self._grouped, unit, states)
+        layers = nn.ModuleList(self._grouped.layers[index] for index in unit.layers)
+        weights = {name: value.clone() for name, value in layers.state_dict().items()}
+        repaired = self._refit(unit, states, attention_inputs, mlp_inputs, target)
+        if self._error(repaired, target) < self._error(untouched, target):
+            return target, repaired
+        logger.warning("the repair of layers %s does not carry over: left out", list(unit.layers))
+        layers.load_state_dict(weights)
+        return target, untouched
+
+    def _error(self, states: Sequence[Tensor], target: Sequence[Tensor]) -> float:
+        """Mean over held-out tokens of the squared distance, relative to the target's norm."""
+        pairs = zip(states[self._held_out], target[self._held_out], strict=True)
+        ratios = [
+            (ours - theirs).square().sum(-1) / theirs.square().sum(-1) for ours, theirs in pairs
+        ]
+        return float(torch.cat(ratios).mean())
+
+    def _refit(
+        self,
+        unit: Unit,
+        states: list[Tensor],
+        attention_inputs: list[list[Tensor]],
+        mlp_inputs: list[list[Tensor]],
+        target: list[Tensor],
+    ) -> list[Tensor]:
+        """Refit one group's weights; the states behind it."""
         attention: list[list[Tensor]] = []  # per member, per batch
         for j, index in enumerate(unit.layers):
             layer = self._grouped.layers[index]
@@ -159,7 +205,7 @@ class Repair:
             projections = [layer.mlp.gate_proj, layer.mlp.up_proj]
             own = [per_member[j] for per_member in inputs]
             self._fold(layer.post_attention_layernorm, projections, own, mlp_inputs[j])
-        return target, self._fit_output(unit, carried, inputs, target)
+        return self._fit_output(unit, carried, inputs, target)
 
     def _original_states(
         self, unit: Unit, states: list[Tensor]
@@ -190,10 +236,10 @@ class Repair:
         """
         size = wanted[0].shape[-1]
         regression = LeastSquares(size, size, wanted[0].device)
-        for x, goal in zip(inputs, wanted, strict=True):
+        for x, goal in zip(inputs[self._fitted], wanted[self._fitted], strict=True):
             normed = norm(x)
             regression.add(normed.flatten(0, 1), (goal - normed).flatten(0, 1))
-        correction = regression.solve(self._ridge)
+        correction = regression.solve(self._settings.ridge)
         for projection in projections:
             weight = projection.weight.clone()
             projection.weight.addmm_(weight, correction.T)  # in place: not subject to autocast
@@ -216,17 +262,19 @@ class Repair:
         bias = sum(p.bias for p in projections if p.bias is not None)
         regression = LeastSquares(down.shape[1], down.shape[0], down.device)
         known = []
-        for base, members, goal in zip(carried, inputs, target, strict=True):
+        for i, (base, members, goal) in enumerate(zip(carried, inputs, target, strict=True)):
             activations = torch.cat(
                 [_activations(layer, u) for layer, u in zip(layers, members, strict=True)], dim=-1
             )
             output = base + activations @ down.T + bias
             known.append((output, activations))
+            if i >= self._fitted.stop:
+                continue
             weight = goal.norm(dim=-1, keepdim=True).reciprocal()
             regression.add(
                 (weight * activations).flatten(0, 1), (weight * (goal - output)).flatten(0, 1)
             )
-        correction = regression.solve(self._ridge)
+        correction = regression.solve(self._settings.ridge)
         parts = correction.T.split([projection.in_features for projection in projections], dim=-1)
         for projection, part in zip(projections, parts, strict=True):
             projection.weight.add_(part)

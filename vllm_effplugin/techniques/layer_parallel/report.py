@@ -149,7 +149,7 @@ def frontier_png(result: SearchResult, rows: Mapping[str, Quality], num_layers: 
         for item in result.contiguous:
             least[item.depth] = min(item.kl, least.get(item.depth, math.inf))
         axes.plot(*zip(*sorted(least.items()), strict=True), "s--", label="contiguous range")
-    for name, marker in (("grouped", "D"), ("distilled", "*")):
+    for name, marker in (("grouped", "D"), ("repaired", "P"), ("distilled", "*")):
         if name in rows:
             axes.plot(
                 rows[name].depth, rows[name].kl, marker, ms=10, label=f"{name}, held-out text"
