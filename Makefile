@@ -40,6 +40,9 @@ serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
 serve: export VLLM_CPU_OMP_THREADS_BIND ?= $(shell $(PYTHON) -c 'import os; \
 	cores = sorted(os.sched_getaffinity(0)); \
 	print(",".join(map(str, cores)) if len(cores) <= 4 else "auto")' 2>/dev/null || echo auto)
+# On CPU vLLM 0.32 cannot load the ahead-of-time artifacts that it writes; without them a second
+# start reuses the compiled kernels.
+serve: export VLLM_USE_AOT_COMPILE ?= $(if $(shell command -v nvidia-smi),1,0)
 serve: free-port install $(if $(MODEL),,$(PREPARED)/config.json)  ## serve the demo model, or MODEL=DIR
 	@server=$$$$; \
 	while kill -0 $$server 2>/dev/null && ! curl -sf -o /dev/null localhost:$(PORT)/health; do \
