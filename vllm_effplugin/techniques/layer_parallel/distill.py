@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +108,7 @@ class Distiller:
         self.grouped = [layer for unit in units if unit.is_group for layer in unit.layers]
 
         # Aliases of the weights as loaded: `to` gives a parameter new memory where it converts.
-        loaded = self._grouped_tensors(model)
+        loaded = layer_tensors(model, self.grouped)
         self._dtypes = {name: value.dtype for name, value in loaded.items()}
         self._initial = loaded if initial is None else initial
         compute = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -178,7 +178,7 @@ class Distiller:
             self._merge()
         return {
             name: value.to("cpu", self._dtypes[name]).contiguous()
-            for name, value in self._grouped_tensors(self._student.model).items()
+            for name, value in layer_tensors(self._student.model, self.grouped).items()
         }
 
     def loss(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,15 +262,9 @@ class Distiller:
         self._restore_initial(self._student.model)
         self._peft.merge_and_unload()
 
-    def _grouped_tensors(self, model: Any) -> dict[str, Tensor]:
-        prefixes = tuple(f"model.layers.{layer}." for layer in self.grouped)
-        return {
-            name: value for name, value in model.state_dict().items() if name.startswith(prefixes)
-        }
-
     @torch.no_grad()
     def _restore_initial(self, model: Any) -> None:
-        for name, value in self._grouped_tensors(model).items():
+        for name, value in layer_tensors(model, self.grouped).items():
             initial = self._initial.get(name.replace(".base_layer.", "."))
             if initial is not None:  # None: a LoRA weight
                 value.copy_(initial)
@@ -370,6 +364,12 @@ def _add_lora(model: Any, layers: list[int]) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)  # LoRA weights are fp32 also on a bf16 model
+
+
+def layer_tensors(model: Any, layers: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of some layers of a Hugging Face model, under their checkpoint names."""
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    return {name: value for name, value in model.state_dict().items() if name.startswith(prefixes)}
 
 
 def with_own_layers(model: Any, layers: list[int]) -> Any:

@@ -35,6 +35,7 @@ from vllm_effplugin.techniques.layer_parallel.distill import (
     Distiller,
     DistillSettings,
     apply_replacements,
+    layer_tensors,
     with_own_layers,
 )
 from vllm_effplugin.techniques.layer_parallel.ray_search import open_evaluator
@@ -316,12 +317,7 @@ def _repair(
     tokens = tokens[: max(SEARCH_SEQUENCES, settings.tokens // tokens.shape[1])].to(device)
     Repair(original.to(device), grouped.to(device), config, tokens, settings).run()
     original.to("cpu")
-    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
-    return {
-        name: value.cpu()
-        for name, value in grouped.state_dict().items()
-        if name.startswith(prefixes)
-    }
+    return {name: value.cpu() for name, value in layer_tensors(grouped, layers).items()}
 
 
 def _distill(
