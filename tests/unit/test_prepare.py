@@ -17,13 +17,14 @@ from tests.tiny import VOCAB, make_checkpoint
 from vllm_effplugin.cli import evaluate
 from vllm_effplugin.cli import main as cli
 from vllm_effplugin.cli.evaluate import Scores, summarise
+from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_efficiency
 from vllm_effplugin.errors import CheckpointError
 from vllm_effplugin.techniques.layer_parallel import calibration, prepare
 from vllm_effplugin.techniques.layer_parallel.calibration import TextShape
-from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.distill import Distiller
 
+TRAINED = parse_efficiency({"layer_parallel": {"groups": [[4, 5]], "trained": True}})
 DISTILL = ["--groups", "4,5;6,7,8", "--distill-tokens", "384", "--precision", "fp32"]
 
 
@@ -175,10 +176,9 @@ def test_interrupted_run_resumes_to_the_same_tensors(
 
 
 def test_trained_tensor_that_the_base_does_not_name_is_refused(model: Path) -> None:
-    config = LayerParallelConfig(groups=((4, 5),))
     stray = {"model.layers.4.mlp.fused_proj.weight": torch.zeros(1)}
     with pytest.raises(CheckpointError, match="fused_proj"):
-        prepare._as_stored(model, config, 12, stray)
+        prepare._as_stored(model, TRAINED, 12, stray)
 
 
 def test_stored_tensors_have_the_dtypes_of_the_base(model: Path, tmp_path: Path) -> None:
@@ -186,8 +186,7 @@ def test_stored_tensors_have_the_dtypes_of_the_base(model: Path, tmp_path: Path)
     shutil.copytree(model, half)
     prepare.load_model(model, torch.bfloat16).save_pretrained(half)
     name = "model.layers.4.mlp.up_proj.weight"
-    config = LayerParallelConfig(groups=((4, 5),))
-    tensors = prepare._as_stored(half, config, 12, {name: torch.full((192, 128), 1 / 3)})
+    tensors = prepare._as_stored(half, TRAINED, 12, {name: torch.full((192, 128), 1 / 3)})
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert torch.equal(tensors[name], torch.full((192, 128), 1 / 3, dtype=torch.bfloat16))
     assert "model.layers.5.mlp.up_proj.weight" in tensors

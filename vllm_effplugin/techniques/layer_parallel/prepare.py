@@ -160,7 +160,7 @@ def prepare(
 
     def measure(stage: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Measure what will be written, rounded to the base's dtypes."""
-        rounded = _as_stored(model, layer_parallel, num_layers, tensors)
+        rounded = _as_stored(model, efficiency, num_layers, tensors)
         changed = with_own_layers(original, layers)
         apply_replacements(changed, rounded)
         quality[stage] = meter.measure(changed, layer_parallel, stage)
@@ -178,8 +178,6 @@ def prepare(
             model, layer_parallel, request.distill, text.train, trained, work
         )
         stored = measure("distilled", trained)
-    if stored is not None:
-        efficiency = _efficiency(request, groups, trained=True)
 
     console.print(quality_table(quality))
     files = {"frontier.png": frontier_png(result, quality, num_layers)} if result else {}
@@ -250,16 +248,14 @@ def _explicit_groups(request: PrepareRequest, num_layers: int) -> EfficiencyConf
     return efficiency
 
 
-def _efficiency(
-    request: PrepareRequest, groups: Sequence[Sequence[int]], *, trained: bool = False
-) -> EfficiencyConfig:
+def _efficiency(request: PrepareRequest, groups: Sequence[Sequence[int]]) -> EfficiencyConfig:
     return parse_efficiency(
         {
             "layer_parallel": {
                 "groups": [list(group) for group in groups],
                 "schedule": request.schedule,
                 "bypass": request.bypass,
-                "trained": trained,
+                "trained": request.repair is not None or request.distill is not None,
             }
         }
     )
@@ -345,7 +341,7 @@ def _distill(
 
 
 def _as_stored(
-    model: Path, config: LayerParallelConfig, num_layers: int, trained: Mapping[str, Tensor]
+    model: Path, efficiency: EfficiencyConfig, num_layers: int, trained: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """All tensors of the grouped layers that the base has, in its dtypes.
 
@@ -356,7 +352,6 @@ def _as_stored(
     """
     from safetensors import safe_open
 
-    efficiency = EfficiencyConfig(layer_parallel=config.model_copy(update={"trained": True}))
     names = replaced_tensor_names(efficiency, num_layers, base_tensors(model))
     if unknown := sorted(trained.keys() - names):
         raise CheckpointError(f"{model} stores no tensor {unknown[0]}")
