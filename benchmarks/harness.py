@@ -717,7 +717,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
         "--cases", action="append", default=[], metavar="GLOB", help="cases to run (repeatable)"
     )
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--rounds", type=_positive, help="default: 7 with --quick, else 25")
+    parser.add_argument("--rounds", type=_positive, help="default: 5 with --quick, else 25")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios as PNG")
     parser.add_argument(
@@ -771,7 +771,7 @@ def main(arguments: argparse.Namespace, cases: Sequence[Case]) -> int:
             console.print(f"{output} cannot be written: its folder does not exist")
             return 2
     meta = describe_run(arguments)
-    rounds = arguments.rounds or (7 if arguments.quick else 25)
+    rounds = arguments.rounds or (5 if arguments.quick else 25)
     with _termination_unwinds():
         rows, failed = run(chosen, rounds, CACHE / "benchmarks", console)
     meta["failed"] = failed
