@@ -16,6 +16,10 @@ SERVE_ARGS ?=
 PREPARE_ARGS ?= --groups "12,13;17,18;21,22;26,27" --bypass 1
 PYTEST_ARGS ?=
 
+# Packages come without byte code (patches/install.py); vLLM starts four processes, and each would
+# compile for ten seconds what it imports if the first could not keep it.
+unexport PYTHONDONTWRITEBYTECODE
+
 export VLLM_CACHE_ROOT ?= $(CURDIR)/$(CACHE)/vllm
 
 # 3.11 before newer ones: it is the version that CI runs, and the one whose CPU wheel of torch is
