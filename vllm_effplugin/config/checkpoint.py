@@ -134,6 +134,15 @@ def replaced_tensor_names(
     return {name for name in available if name.startswith(prefixes)}
 
 
+def added_tensors(
+    efficiency: EfficiencyConfig, model_config: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of tensors of the extra file that the base model has none of."""
+    if efficiency.early_exit is None:
+        return {}
+    return efficiency.early_exit.tensors(int(model_config["hidden_size"]))
+
+
 def check_checkpoint(checkpoint: Path) -> EfficiencyConfig:
     """Check everything about a checkpoint directory that can be known without loading it.
 
@@ -142,26 +151,27 @@ def check_checkpoint(checkpoint: Path) -> EfficiencyConfig:
         CheckpointError: extra tensors that are missing, surplus, misshapen or damaged, by name.
     """
     efficiency = read_efficiency(checkpoint)
-    num_layers = int(read_model_config(checkpoint)["num_hidden_layers"])
-    check_extra_tensors(checkpoint, efficiency, num_layers)
+    check_extra_tensors(checkpoint, efficiency)
     return efficiency
 
 
-def check_extra_tensors(checkpoint: Path, efficiency: EfficiencyConfig, num_layers: int) -> None:
+def check_extra_tensors(checkpoint: Path, efficiency: EfficiencyConfig) -> None:
     """Check that a directory holds the extra tensors that `efficiency` asks for, and no others.
 
     Raises:
         CheckpointError: naming what is missing, surplus, misshapen or damaged.
     """
     path = checkpoint / EXTRA_FOLDER / EXTRA_FILE
+    config = read_model_config(checkpoint)
     base = base_tensors(checkpoint)
-    expected = replaced_tensor_names(efficiency, num_layers, base)
+    replaced = replaced_tensor_names(efficiency, int(config["num_hidden_layers"]), base)
+    expected = {name: base[name] for name in replaced} | added_tensors(efficiency, config)
     if not expected and not path.exists():
         return
     stored = stored_tensors(path)
-    missing = sorted(expected - stored.keys())
-    surplus = sorted(stored.keys() - expected)
-    misshapen = sorted(n for n in expected & stored.keys() if stored[n] != base[n])
+    missing = sorted(expected.keys() - stored.keys())
+    surplus = sorted(stored.keys() - expected.keys())
+    misshapen = sorted(n for n in expected.keys() & stored.keys() if stored[n] != expected[n])
     for problem, names in (("lacks", missing), ("has surplus", surplus), ("misshapes", misshapen)):
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 
 ARCHITECTURES: dict[str, str] = {
@@ -28,11 +29,20 @@ class EfficiencyConfig(BaseModel):
     layer_parallel: LayerParallelConfig | None = Field(
         None, description="Adjacent layers that run concurrently (CQIL)."
     )
+    early_exit: EarlyExitConfig | None = Field(
+        None, description="Points where tokens may leave the stack (DYNAMAX)."
+    )
     split_after: tuple[int, ...] = Field(
         (),
         description="Compile the stack in segments that end after these layers. Computes the "
         "same; measures what segmentation costs.",
     )
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether there has to be a file of extra tensors."""
+        trained = self.layer_parallel is not None and self.layer_parallel.trained
+        return trained or (self.early_exit is not None and bool(self.early_exit.tensors(1)))
 
     def validate_for(self, num_layers: int) -> None:
         """Check what depends on the model: layer indices lie inside it.
@@ -45,6 +55,8 @@ class EfficiencyConfig(BaseModel):
         """
         if self.layer_parallel is not None:
             self.layer_parallel.resolve_groups(num_layers)
+        if self.early_exit is not None:
+            self.early_exit.check_depths(num_layers)
 
 
 def parse_efficiency(block: Any) -> EfficiencyConfig:

@@ -29,6 +29,11 @@ _UNSUPPORTED_ATTRIBUTES = {
 }
 
 
+EXIT_PARAMS = "vllm_effplugin.engine.params:ExitParamsV1"
+EXIT_SCHEDULER = "vllm_effplugin.engine.schedulers.salted_scheduler"
+EXIT_WORKER = "vllm_effplugin.engine.v1_worker.EffpluginCPUWorker"
+
+
 class EfficiencyAdmission(VerifyAndUpdateConfig):
     """Checks that run while vLLM builds its configuration, before any process is started."""
 
@@ -40,12 +45,10 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             ConfigError, CheckpointError: naming the field or the tensor.
         """
         efficiency = efficiency_of(model_config.hf_config)
-        num_layers = model_config.hf_config.num_hidden_layers
-        efficiency.validate_for(num_layers)
-        layer_parallel = efficiency.layer_parallel
+        efficiency.validate_for(model_config.hf_config.num_hidden_layers)
         folder = Path(model_config.model)
-        if layer_parallel is not None and layer_parallel.trained and folder.is_dir():
-            check_extra_tensors(folder, efficiency, num_layers)
+        if efficiency.has_tensors and folder.is_dir():
+            check_extra_tensors(folder, efficiency)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -58,6 +61,15 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
         _refuse_anywhere(vllm_config)
         if plan.groups:
             _refuse_with_groups(vllm_config, plan)
+        if plan.has_exits:
+            _refuse_with_exits(vllm_config, plan)
+            vllm_config.parallel_config.worker_cls = EXIT_WORKER
+            early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
+            if early_exit.cache != "recompute" and vllm_config.cache_config.enable_prefix_caching:
+                vllm_config.scheduler_config.scheduler_cls = EXIT_SCHEDULER
+            processors = vllm_config.model_config.logits_processors or []
+            if EXIT_PARAMS not in processors:
+                vllm_config.model_config.logits_processors = [*processors, EXIT_PARAMS]
         if not plan.is_trivial:
             logger.info("%d layers in %d steps: %s", len(plan.unit_of), plan.depth, plan.describe())
 
@@ -130,3 +142,42 @@ def _refuse_with_groups(vllm_config: VllmConfig, plan: Plan) -> None:
         num_kv_heads=model.hf_config.num_key_value_heads,
         layer_types=getattr(model.hf_config, "layer_types", None),
     )
+
+
+def _refuse_with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
+    model = vllm_config.model_config
+    way_out = "remove `early_exit` from the efficiency block"
+    if plan.groups:
+        raise UnsupportedError(
+            "`early_exit` and `layer_parallel` are not supported together yet: remove one of them"
+        )
+    if model.quantization is not None:
+        raise UnsupportedError(
+            f"quantization {model.quantization!r} is not supported with early exit: serve "
+            f"unquantised weights, or {way_out}"
+        )
+    if vllm_config.lora_config is not None:
+        raise UnsupportedError(
+            "--enable-lora is not supported with early exit: merge the adapter into the "
+            f"checkpoint, or {way_out}"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise UnsupportedError(
+            "--kv-transfer-config is not supported with early exit, whose cache may have "
+            f"entries that are still owed: leave it off, or {way_out}"
+        )
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedError(
+            f"--speculative-config is not supported with early exit: leave it off, or {way_out}"
+        )
+    if not current_platform.is_cpu():
+        raise UnsupportedError(
+            f"early exit is not supported on {current_platform.device_type} yet, whose model "
+            f"runner has not been tested: {way_out}"
+        )
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in ("auto", EXIT_WORKER):
+        raise UnsupportedError(
+            f"--worker-cls {parallel.worker_cls} is not supported with early exit, which brings "
+            f"a worker of its own: leave it at `auto`, or {way_out}"
+        )

@@ -221,6 +221,78 @@ CONTRACT: tuple[Interface, ...] = (
     Interface("vllm", "LLM", "calibration text, `eval`"),
     Interface("vllm", "SamplingParams", "calibration text, `eval`"),
     Interface("vllm.logger", "init_logger", "log lines under vLLM's settings", ("name",)),
+    Interface(
+        "vllm.v1.attention.backend",
+        "subclass_attention_backend",
+        "metadata that remembers the batch",
+        ("name_prefix", "attention_backend_cls", "builder_cls"),
+    ),
+    Interface(
+        "vllm.v1.attention.backend",
+        "AttentionMetadataBuilder.build",
+        "attention metadata of some rows",
+        ("common_prefix_len", "common_attn_metadata", "fast_build"),
+    ),
+    Interface(
+        "vllm.v1.attention.backend",
+        "CommonAttentionMetadata",
+        "attention metadata of some rows",
+        (
+            "query_start_loc",
+            "query_start_loc_cpu",
+            "seq_lens",
+            "num_reqs",
+            "num_actual_tokens",
+            "max_query_len",
+            "max_seq_len",
+            "block_table_tensor",
+            "slot_mapping",
+            "positions",
+            "is_prefilling",
+            "seq_lens_cpu_upper_bound",
+            "req_idx",
+            "_num_computed_tokens_cache",
+            "_token_to_req_indices_cache",
+        ),
+    ),
+    Interface(
+        "vllm.forward_context",
+        "ForwardContext",
+        "running layers on some rows",
+        ("attn_metadata", "slot_mapping"),
+    ),
+    Interface("vllm.forward_context", "override_forward_context", "running layers on some rows"),
+    Interface("vllm.forward_context", "get_forward_context", "the batch of a step"),
+    Interface(
+        "vllm.forward_context", "set_forward_context", "measuring costs", ("attn_metadata",)
+    ),
+    Interface("vllm.distributed", "get_tp_group", "one decision for all ranks"),
+    Interface("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", "the rows of runner V1"),
+    Interface(
+        "vllm.v1.worker.cpu_worker",
+        "CPUWorker.execute_model",
+        "the rows of runner V1",
+        ("scheduler_output",),
+    ),
+    Interface(
+        "vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "measuring costs"
+    ),
+    Interface(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        "the end of requests",
+        ("finished_req_ids", "preempted_req_ids"),
+    ),
+    Interface("vllm.v1.core.sched.scheduler", "Scheduler.add_request", "cache salts", ("request",)),
+    Interface("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "cache salts"),
+    Interface("vllm.v1.request", "Request.update_block_hashes", "cache salts"),
+    Interface("vllm.exceptions", "VLLMValidationError", "HTTP 400 for bad parameters"),
+    Interface(
+        "vllm.v1.sample.logits_processor.interface",
+        "LogitsProcessor.validate_params",
+        "HTTP 400 for bad parameters",
+        ("sampling_params",),
+    ),
     Interface("vllm.sequence", "IntermediateTensors", "the trunk's signature"),
 )
 

@@ -7,7 +7,7 @@ rounds them to bf16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +18,10 @@ from vllm.config import VllmConfig
 
 from vllm_effplugin.plan import Plan, Unit
 
+Pair = tuple[Tensor, Tensor | None]
+"""vLLM's hidden states and residual, `[T, d]`; their sum is the residual stream. The pair is kept
+between units because adding it would change the rounding."""
+
 
 def run_units(
     units: Sequence[Unit],
@@ -25,61 +29,73 @@ def run_units(
     positions: Tensor,
     hidden: Tensor,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Run units in order. `hidden` and `residual` are vLLM's pair `[T, d]`; their sum is the
-    hidden state. The pair is kept between units because adding it would change the rounding.
-    """
+) -> Pair:
+    """Run units in order."""
     for unit in units:
         hidden, residual = layers[unit.first](positions, hidden, residual)
     return hidden, residual
 
 
-class _Segment(nn.Module):
-    def __init__(self, units: Sequence[Unit], layers: nn.ModuleList) -> None:
+class _Part(nn.Module):
+    """Some or all of a trunk's units, compiled as one graph.
+
+    Args:
+        trunk: owns the layers and their parameter names; not a submodule here.
+        units: what to run.
+        arguments: further constants of the forward function.
+    """
+
+    def __init__(self, trunk: nn.Module, units: Sequence[Unit], **arguments: Any) -> None:
         super().__init__()
         self.units = tuple(units)
-        # In a tuple, not as a submodule: the trunk owns the layers and their parameter names.
-        self.owned = (layers,)
+        self.owned = (trunk,)
+        for name, value in arguments.items():
+            # In a tuple for the same reason as the trunk.
+            setattr(self, name, (value,))
 
 
-def _forward(
-    self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    return run_units(self.units, self.owned[0], positions, hidden, residual)
+def _segment(self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Pair:
+    return run_units(self.units, self.owned[0].layers, positions, hidden, residual)
 
 
-def _segment_class(index: int) -> type[Any]:
-    """A compiled class of its own for each segment.
+def compiled_part(
+    forward: Callable[..., Any],
+    name: str,
+    trunk: nn.Module,
+    units: Sequence[Unit],
+    vllm_config: VllmConfig,
+    prefix: str,
+    **arguments: Any,
+) -> nn.Module:
+    """A module that runs `forward` on `units`, with a compiled class of its own.
 
     vLLM keys its ahead-of-time artifacts by `forward.__qualname__` and its line, and Dynamo its
     caches by the code object: two instances of one class would load each other's artifact.
+
+    Args:
+        forward: the forward function. Its tensors but `None` have the batch as first dimension.
     """
-    name = f"Segment{index}"
-    code = _forward.__code__.replace(co_name=name, co_qualname=f"{name}.forward")
-    forward = FunctionType(code, _forward.__globals__, name)
-    forward.__qualname__ = f"{name}.forward"
-    forward.__annotations__ = dict(_forward.__annotations__)
-    cls = type(name, (_Segment,), {"forward": forward, "__module__": __name__})
-    return support_torch_compile(
-        dynamic_arg_dims={"positions": {-1: "b"}, "hidden": {0: "b"}, "residual": {0: "b"}}
-    )(cls)
+    code = forward.__code__.replace(co_name=name, co_qualname=f"{name}.forward")
+    function = FunctionType(code, forward.__globals__, name, forward.__defaults__)
+    function.__qualname__ = f"{name}.forward"
+    function.__annotations__ = dict(forward.__annotations__)
+    tensors = [argument for argument in function.__annotations__ if argument not in ("self", "return")]
+    cls = support_torch_compile(
+        dynamic_arg_dims={argument: {0: "b"} for argument in tensors}
+    )(type(name, (_Part,), {"forward": function, "__module__": __name__}))
+    tag = f"{prefix}.{name.lower()}"
+    with set_model_tag(tag):
+        # By name: the compile decorator checks positional arguments against annotations.
+        return cls(trunk=trunk, units=units, vllm_config=vllm_config, prefix=tag, **arguments)
 
 
 def build_segments(
-    plan: Plan, layers: nn.ModuleList, vllm_config: VllmConfig, prefix: str
+    plan: Plan, trunk: nn.Module, vllm_config: VllmConfig, prefix: str
 ) -> nn.ModuleList | None:
     """One compiled module per segment; None for a single segment, which the trunk runs itself."""
     if not plan.boundaries:
         return None
-    segments = []
-    for index, segment in enumerate(plan.segments):
-        tag = f"{prefix}.segment{index}"
-        with set_model_tag(tag):
-            segment_class = _segment_class(index)
-            # By name: the compile decorator checks positional arguments against annotations.
-            segments.append(
-                segment_class(
-                    units=segment.units, layers=layers, vllm_config=vllm_config, prefix=tag
-                )
-            )
-    return nn.ModuleList(segments)
+    return nn.ModuleList(
+        compiled_part(_segment, f"Segment{index}", trunk, segment.units, vllm_config, prefix)
+        for index, segment in enumerate(plan.segments)
+    )

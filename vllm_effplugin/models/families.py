@@ -31,9 +31,11 @@ from vllm.model_executor.models.qwen3 import (
     Qwen3Model,
 )
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.sampling_params import SamplingParams
 
 from vllm_effplugin.config.checkpoint import EXTRA_FOLDER
 from vllm_effplugin.engine.admission import efficiency_of, plan_for
+from vllm_effplugin.engine.batch import RowSource
 from vllm_effplugin.models.trunk import (
     PlannedTrunk,
     arranged_weights,
@@ -182,8 +184,7 @@ class _EfficientForCausalLM(nn.Module):
     @staticmethod
     def _extra_files(vllm_config: VllmConfig) -> tuple[DefaultModelLoader.Source, ...]:
         """The checkpoint's extra tensors, which the loader streams after the base model's."""
-        layer_parallel = efficiency_of(vllm_config.model_config.hf_config).layer_parallel
-        if layer_parallel is None or not layer_parallel.trained:
+        if not efficiency_of(vllm_config.model_config.hf_config).has_tensors:
             return ()
         return (
             DefaultModelLoader.Source(
@@ -197,7 +198,27 @@ class _EfficientForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load checkpoint tensors, named as in the stock model."""
-        return super().load_weights(arranged_weights(weights, self, _EXTRA_PREFIX))
+        loaded = super().load_weights(arranged_weights(weights, self, _EXTRA_PREFIX))
+        if self.model.exit_loop is not None:
+            self.model.exit_loop.weights_loaded()
+        return loaded
+
+    # --- What a runner calls that knows requests (engine/v1_worker.py) ---------------------------
+
+    def attach(self, source: RowSource) -> None:
+        """Where the rows of a step come from."""
+        if self.model.exit_loop is not None:
+            self.model.exit_loop.attach(source, self.compute_logits)
+
+    def admit_request(self, slot: int, params: SamplingParams | None) -> None:
+        """A request takes one of the runner's slots."""
+        if self.model.exit_loop is not None:
+            self.model.exit_loop.admit(slot, params.extra_args if params else None)
+
+    def measure_costs(self) -> None:
+        """The engine is ready: measure what depends on the machine."""
+        if self.model.exit_loop is not None:
+            self.model.exit_loop.measure_costs()
 
 
 class EfficientLlamaForCausalLM(_EfficientForCausalLM, LlamaForCausalLM):

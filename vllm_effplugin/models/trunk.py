@@ -18,8 +18,11 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
 from vllm_effplugin.engine.admission import efficiency_of, plan_for
+from vllm_effplugin.engine.batch import remember_batches
 from vllm_effplugin.engine.segments import build_segments, run_units
 from vllm_effplugin.plan import Plan
+from vllm_effplugin.techniques.early_exit.exits import Exit
+from vllm_effplugin.techniques.early_exit.loop import ExitLoop
 from vllm_effplugin.techniques.layer_parallel.layer import (
     AttentionFactory,
     LayerGroup,
@@ -82,7 +85,23 @@ class PlannedTrunk(nn.Module):
 
     def arrange(self, vllm_config: VllmConfig, prefix: str) -> None:
         """Split the built layers into segments. The last step of a family's `__init__`."""
-        self.segments = build_segments(self.plan, self.layers, vllm_config, prefix)
+        self.exit_loop: ExitLoop | None = None
+        self.segments = None
+        if self.plan.has_exits:
+            self._arrange_exits(vllm_config, prefix)
+        else:
+            self.segments = build_segments(self.plan, self, vllm_config, prefix)
+
+    def _arrange_exits(self, vllm_config: VllmConfig, prefix: str) -> None:
+        early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
+        assert early_exit is not None
+        hidden_size = vllm_config.model_config.get_hidden_size()
+        self.exits = nn.ModuleList(
+            Exit(point, early_exit, hidden_size) for point in early_exit.exits
+        )
+        for layer in self.layers:
+            remember_batches(layer.self_attn.attn)
+        self.exit_loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
 
     def forward(
         self,
@@ -92,6 +111,8 @@ class PlannedTrunk(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Hidden states `[T, d]` after the final norm, from `[T]` token ids or their embeddings."""
+        if self.exit_loop is not None:
+            return self.exit_loop(input_ids, positions, inputs_embeds)
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
         if self.segments is None:

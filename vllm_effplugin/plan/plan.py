@@ -34,7 +34,8 @@ class Unit:
 class Boundary:
     """A point after layer `after` where rows may leave or join the batch.
 
-    `kind` names the technique that acts there. `split` does nothing: rows pass unchanged.
+    `kind` names what happens there. `split` does nothing: rows pass unchanged. At an `exit`
+    tokens may leave.
     """
 
     after: int
@@ -74,6 +75,11 @@ class Plan:
     def depth(self) -> int:
         """Sequential steps: the number of units."""
         return len(self.units)
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether tokens may leave somewhere."""
+        return any(boundary.kind == "exit" for boundary in self.boundaries)
 
     @property
     def is_trivial(self) -> bool:
@@ -128,7 +134,12 @@ def build_plan(config: EfficiencyConfig, num_layers: int) -> Plan:
         units.append(unit)
         layer = unit.layers[-1] + 1
 
-    boundaries = tuple(Boundary(layer) for layer in sorted(config.split_after))
+    exits = config.early_exit.exits if config.early_exit else ()
+    boundaries = (
+        *(Boundary(layer) for layer in config.split_after),
+        *(Boundary(point.depth - 1, "exit") for point in exits),
+    )
+    boundaries = tuple(sorted(boundaries, key=lambda boundary: boundary.after))
     segments: list[Segment] = []
     rest = units
     for boundary in boundaries:

@@ -1,0 +1,292 @@
+"""Early exit in the engine against a plain PyTorch replay of its decisions, fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from tests.engine.test_layer_parallel_logits import NEW_TOKENS, generate, prompts
+from tests.tiny import VOCAB, engine, overrides
+from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.techniques.early_exit.exits import Exit
+from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
+
+TOLERANCE = 1e-3
+POLICIES = ["recompute", "propagate", "copy"]
+SOME = [
+    {"depth": 3, "gate": "rate", "threshold": 0.7},
+    {"depth": 8, "gate": "rate", "threshold": 0.5},
+]
+ALL = [{"depth": 4, "gate": "rate", "threshold": 0.0}]
+SOFTMAX = [{"depth": 5, "gate": "softmax", "threshold": 0.02}]
+
+
+@dataclass
+class Trace:
+    """What an engine did, request by request: `(start, length, exit)` of every scheduled row."""
+
+    loop: Any
+    events: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.loop.on_step = self._observe
+
+    def _observe(self, run: Any) -> None:
+        batch = self.loop._source._runner.input_batch
+        for row in range(len(run.rows.slots)):
+            self.events.setdefault(batch.req_ids[row], []).append(
+                (int(run.rows.starts[row]), int(run.rows.lengths[row]), int(run.fired[row]))
+            )
+
+    def take(self) -> list[list[tuple[int, int, int]]]:
+        """The events so far, in the order in which requests were first scheduled."""
+        events = list(self.events.values())
+        self.events.clear()
+        return events
+
+
+@contextmanager
+def exiting(checkpoint: Path, family: str = "Llama", **options: Any) -> Iterator[tuple[Any, Trace]]:
+    """A small engine with exits, which mixes prefill and decode, and preempts; and its trace."""
+    block = {"compaction": "always", "max_pending": 5, **options.pop("block")}
+    with engine(
+        checkpoint,
+        hf_overrides=overrides(family, {"early_exit": block}),
+        **{
+            "max_num_batched_tokens": 64,
+            "max_num_seqs": 8,
+            "num_gpu_blocks_override": 20,
+            "block_size": 32,
+            "enable_prefix_caching": True,
+            "max_logprobs": -1,
+            "logprobs_mode": "raw_logits",
+            "disable_log_stats": False,
+            **options,
+        },
+    ) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        yield llm, Trace(worker.model_runner.get_model().model.exit_loop)
+
+
+def counters(llm: Any) -> dict[str, float]:
+    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+class Replay:
+    """The reference, following what an engine did."""
+
+    def __init__(self, checkpoint: Path, block: dict[str, Any]) -> None:
+        config = parse_efficiency({"early_exit": block}).early_exit
+        assert config is not None
+        self.config = config
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.exits = [Exit(p, config, self.model.config.hidden_size) for p in config.exits]
+
+    def difference(
+        self, prompt: list[int], tokens: list[int], logits: torch.Tensor, events: Sequence[Any]
+    ) -> float:
+        """Largest |engine logit - reference logit| over a request's generated positions."""
+        sequence = ReferenceSequence(self.model, self.config, self.exits)
+        whole = [*prompt, *tokens]
+        computed, worst = 0, 0.0
+        for start, length, exit in events:
+            if start > computed:  # a prefix-cache hit
+                sequence.run(whole[:start], 0)
+            if exit >= 0:
+                assert length == 1
+                assert start >= len(prompt), "a prompt token left"
+                expected = sequence.leave(whole[start], start, exit)
+            else:
+                expected = sequence.run(whole[start : start + length], start)[-1]
+            computed = start + length
+            if len(prompt) <= computed < len(whole):
+                ours = logits[computed - len(prompt)]
+                worst = max(worst, (expected - ours).abs().max().item())
+        return worst
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("family", "exits"),
+    [("Llama", SOME), ("Llama", ALL), ("Llama", SOFTMAX), ("Mistral", SOME), ("Qwen2", SOME), ("Qwen3", SOME)],
+    ids=["Llama", "Llama-all", "Llama-softmax", "Mistral", "Qwen2", "Qwen3"],
+)
+def test_mixed_batches(tiny, family, exits, policy):
+    """Chunked prefill, decode, preemption and prefix-cache hits."""
+    block = {"exits": exits, "cache": policy}
+    replay = Replay(tiny(family), block)
+    with exiting(tiny(family), family, block=block) as (llm, trace):
+        for again in (False, True):
+            results = generate(llm, prompts())
+            events = trace.take()
+            seen = trace.loop.counters
+            assert seen.left > 0
+            assert policy != "recompute" or seen.recomputed > 0
+            assert (counters(llm)["vllm:prefix_cache_hits"] > 0) >= again
+            if again and policy != "recompute":
+                break  # approximate blocks may be hit, which the replay does not follow
+            for prompt, (tokens, logits), happened in zip(prompts(), results, events, strict=True):
+                assert replay.difference(prompt, tokens, logits, happened) <= TOLERANCE
+        assert counters(llm)["vllm:num_preemptions"] > 0, "the KV cache was not small enough"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_alone_and_in_a_crowd(tiny, policy):
+    """What a request generates does not depend on the others."""
+    block = {"exits": SOME, "cache": policy}
+    options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}
+    with exiting(tiny(), block=block, **options) as (llm, _):
+        crowd = generate(llm, prompts())
+        for prompt, (tokens, logits) in zip(prompts(), crowd, strict=True):
+            [(alone, logits_alone)] = generate(llm, [prompt])
+            assert alone == tokens
+            assert (logits - logits_alone).abs().max() <= TOLERANCE
+
+
+def ask(llm: Any, requests: list[list[int]], *asked: dict[str, Any], **fields: Any) -> list[Any]:
+    """Greedy completions, request by request with its own extra arguments."""
+    from vllm import SamplingParams
+
+    fields = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, **fields}
+    params = [SamplingParams(detokenize=False, extra_args=extra, **fields) for extra in asked]
+    return llm.generate([{"prompt_token_ids": ids} for ids in requests], params, use_tqdm=False)
+
+
+@pytest.mark.parametrize("policy", ["propagate", "copy"])
+def test_exact_requests_never_see_approximate_entries(tiny, policy):
+    """Not even one whose prompt is what an approximate request wrote."""
+    block = {"exits": ALL, "cache": policy}
+    prompt = prompts()[4]
+    with exiting(tiny(), block=block, num_gpu_blocks_override=200, max_model_len=512) as (llm, _):
+        [first] = ask(llm, [prompt], {}, max_tokens=100)
+        written = prompt + list(first.outputs[0].token_ids)
+        [exact] = ask(llm, [written], {"exit": False}, logprobs=-1, max_tokens=8)
+        # Another request of the same policy does share them.
+        before = counters(llm)["vllm:prefix_cache_hits"]
+        ask(llm, [written], {}, max_tokens=1)
+        assert counters(llm)["vllm:prefix_cache_hits"] - before >= len(prompt) // 32 * 32 + 32
+    replay = Replay(tiny(), block)
+    tokens = list(exact.outputs[0].token_ids)
+    logits = torch.tensor(
+        [[step[t].logprob for t in range(VOCAB)] for step in exact.outputs[0].logprobs]
+    )
+    events = [(0, len(written), -1), *((len(written) + i, 1, -1) for i in range(8))]
+    assert replay.difference(written, tokens, logits, events) <= TOLERANCE
+
+
+def test_callers_decide(tiny):
+    """In one batch: the checkpoint's threshold, exits off, another threshold, a least depth."""
+    block = {"exits": SOME, "cache": "recompute"}
+    asked = [{}, {"exit": False}, {"exit_threshold": 0.0}, {"exit_min_layer": 4}]
+    with exiting(tiny(), block=block, num_gpu_blocks_override=200) as (llm, trace):
+        ask(llm, prompts()[:4], *asked)
+        fired = [{exit for _, _, exit in events} for events in trace.take()]
+    assert fired == [{-1, 0, 1}, {-1}, {-1, 0}, {-1, 1}]
+
+
+def test_a_bad_request_harms_no_other(tiny):
+    from vllm.exceptions import VLLMValidationError
+
+    with exiting(tiny(), block={"exits": SOME}) as (llm, _):
+        [before] = ask(llm, [prompts()[0]], {})
+        with pytest.raises(VLLMValidationError, match="exit_threshold"):
+            ask(llm, [prompts()[0]], {"exit_threshold": 7})
+        with pytest.raises(VLLMValidationError, match="exit_treshold"):
+            ask(llm, [prompts()[0]], {"exit_treshold": 0.5})
+        [after] = ask(llm, [prompts()[0]], {})
+    assert before.outputs[0].token_ids == after.outputs[0].token_ids
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> list[tuple[int, int, int, dict[str, Any], int]]:
+    """Requests: prompt length and seed, tokens, extra arguments, step at which it arrives or 0.
+
+    A negative arrival aborts the request some steps later.
+    """
+    extra = st.one_of(
+        st.just({}),
+        st.just({"exit": False}),
+        st.builds(lambda value: {"exit_threshold": value}, st.sampled_from([0.0, 0.3, 0.9])),
+        st.just({"exit_min_layer": 6}),
+    )
+    return draw(
+        st.lists(
+            st.tuples(
+                st.integers(1, 70), st.integers(0, 3), st.integers(1, 16), extra, st.integers(0, 12)
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
+
+
+@pytest.mark.parametrize(("policy", "examples"), [("recompute", 300), ("propagate", 100), ("copy", 100)])
+def test_random_schedules(tiny, policy, examples):
+    """Random arrivals, lengths, wishes and aborts, against the replay."""
+    from vllm import SamplingParams
+
+    block = {"exits": SOME, "cache": policy}
+    replay = Replay(tiny(), block)
+    options = {"enable_prefix_caching": False, "num_gpu_blocks_override": 7, "max_model_len": 128}
+    with exiting(tiny(), block=block, **options) as (llm, trace):
+        numbers = iter(range(10**9))
+
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(schedules(), st.integers(0, 5))
+        def check(wanted, aborted):
+            arrivals = []
+            for length, seed, tokens, extra, arrival in wanted:
+                generator = torch.Generator().manual_seed(seed)
+                prompt = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+                params = SamplingParams(
+                    temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
+                    logprobs=-1, extra_args=extra,
+                )
+                arrivals.append((arrival, str(next(numbers)), prompt, params))
+            run_schedule(llm, trace, replay, arrivals, aborted)
+
+        check()
+
+
+def run_schedule(llm, trace, replay, arrivals, aborted) -> None:
+    trace.take()
+    vllm_engine = llm.llm_engine
+    waiting = sorted(arrivals, key=lambda item: item[0])
+    finished = {}
+    step = 0
+    while waiting or vllm_engine.has_unfinished_requests():
+        while waiting and waiting[0][0] <= step:
+            _, name, prompt, params = waiting.pop(0)
+            vllm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        if step == 10 and aborted < len(arrivals):
+            vllm_engine.abort_request([arrivals[aborted][1]])
+        for output in vllm_engine.step():
+            if output.finished and output.outputs[0].finish_reason == "length":
+                finished[output.request_id] = output.outputs[0]
+        step += 1
+    events = {name.split("-")[0]: happened for name, happened in trace.events.items()}
+    for _, name, prompt, params in arrivals:
+        completion = finished.get(name)
+        if completion is None:
+            assert arrivals[aborted][1] == name
+            continue
+        logits = torch.tensor(
+            [[step[t].logprob for t in range(VOCAB)] for step in completion.logprobs]
+        )
+        tokens = list(completion.token_ids)
+        assert replay.difference(prompt, tokens, logits, events[name]) <= TOLERANCE

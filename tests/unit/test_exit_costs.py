@@ -1,0 +1,65 @@
+"""When it pays to run fewer rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_effplugin.techniques.early_exit.costs import Column, Costs
+
+SIZES = (1, 2, 4, 8)
+
+
+def column(weights: float, token: float) -> Column:
+    """A part that reads its weights once and then takes a time per token."""
+    return Column(SIZES, [weights + token * size for size in SIZES])
+
+
+def costs(weights: float, token: float, overhead: float = 0.0, fill: float | None = None) -> Costs:
+    """Three equal segments."""
+    part = column(weights, token)
+    whole = column(3 * weights, 3 * token)
+    return Costs(whole, [part] * 3, overhead, None if fill is None else [fill, fill])
+
+
+def test_times_are_linear_between_and_beyond_the_sizes() -> None:
+    part = Column(SIZES, [1, 2, 3, 7])
+    assert [part.at(n) for n in (0, 1, 2, 3, 4, 6, 8, 10)] == [0, 1, 2, 2.5, 3, 5, 7, 9]
+
+
+def test_everything_behind_an_exit_is_saved_when_every_row_leaves() -> None:
+    table = costs(weights=1, token=0.1, fill=0)
+    assert table.gain(0, tokens=4, staying=0, leaving=4) == pytest.approx(2 * 1.4)
+    assert table.gain(1, tokens=4, staying=0, leaving=4) == pytest.approx(1.4)
+
+
+def test_under_recompute_only_the_weights_are_saved() -> None:
+    """What a token skips runs later in a larger batch."""
+    table = costs(weights=1, token=0.1)
+    assert table.gain(0, tokens=4, staying=0, leaving=4) == pytest.approx(2)
+    assert table.gain(0, tokens=4, staying=2, leaving=2) == pytest.approx(0)
+
+
+def test_cutting_a_batch_costs_its_overhead() -> None:
+    table = costs(weights=0, token=1, overhead=3, fill=0.5)
+    assert table.gain(0, tokens=4, staying=2, leaving=2) == pytest.approx(4 - 1 - 3)
+    assert table.gain(0, tokens=4, staying=0, leaving=4) == pytest.approx(8 - 2)
+
+
+def test_saved_share_of_a_step() -> None:
+    table = costs(weights=1, token=0, fill=0)
+    assert table.saved(4, [4, 0]) == pytest.approx(2 / 3)
+    assert table.saved(4, [0, 4]) == pytest.approx(1 / 3)
+    assert table.saved(4, [0, 0]) == pytest.approx(0)
+
+
+def test_rows_that_fired_earlier_leave_when_it_pays() -> None:
+    """Two of four rows are not worth a cut; all four at the next exit are."""
+    table = costs(weights=1, token=0, overhead=1, fill=0)
+    assert table.saved(4, [2, 0]) == pytest.approx(0)
+    assert table.saved(4, [2, 2]) == pytest.approx(1 / 3)
+
+
+def test_segments_that_cost_more_than_the_whole_are_a_loss() -> None:
+    part = column(1.1, 0)
+    table = Costs(column(3, 0), [part] * 3, 0, [0, 0])
+    assert table.saved(4, [0, 0]) == pytest.approx(-0.1)

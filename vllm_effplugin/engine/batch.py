@@ -1,0 +1,173 @@
+"""Rows of a batch: what the runner scheduled, and running deeper layers on a part of it.
+
+The attention metadata of a step is built before the model runs. To run layers on other rows than
+the step's, their metadata is built again, by the backend's own builder, from a changed
+`CommonAttentionMetadata`. vLLM's fast prefill does the same; nothing here depends on a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    subclass_attention_backend,
+)
+
+_STEP = "effplugin_step"
+"""Attribute of the attention metadata that holds what it was built from."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The requests of one step in the order of the batch, one entry each, on the host.
+
+    Attributes:
+        slots: index of the request among those that the runner holds; stable while it runs.
+        starts: first position that the step computes.
+        lengths: number of positions that it computes.
+        decodes: whether that is one position behind the prompt, from which a token is sampled.
+    """
+
+    slots: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    decodes: np.ndarray
+
+
+class RowSource(Protocol):
+    """A runner, as far as the model may know it."""
+
+    def rows(self) -> Rows:
+        """The rows of the step that is being run."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a builder saw: the batch's common metadata, and itself."""
+
+    common: CommonAttentionMetadata
+    builder: AttentionMetadataBuilder
+
+
+@cache
+def _remembering(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+    """A subclass of `backend` whose metadata remembers what it was built from."""
+    base: Any = backend.get_builder_cls()
+
+    class Builder(base):
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+            **kwargs: Any,
+        ) -> Any:
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+            setattr(metadata, _STEP, Step(common_attn_metadata, self))
+            return metadata
+
+    Builder.__name__ = Builder.__qualname__ = f"Remembering{base.__name__}"
+    return subclass_attention_backend("Remembering", backend, Builder)
+
+
+def remember_batches(attention: nn.Module) -> None:
+    """Make an `Attention` layer's metadata carry its `Step`. Before the runner asks for backends.
+
+    All layers of a model need it, so that they stay in one group with one builder.
+    """
+    attention.attn_backend = _remembering(attention.attn_backend)
+
+
+def current_step(layer_name: str) -> Step | None:
+    """The step in whose forward pass this is called; None in profiling and warm-up runs."""
+    metadata = get_forward_context().attn_metadata
+    if not isinstance(metadata, dict) or layer_name not in metadata:
+        return None
+    return getattr(metadata[layer_name], _STEP)
+
+
+# Fields of the common metadata with one entry per request, next to those that `subset` computes.
+_PER_REQUEST = ("seq_lens", "block_table_tensor", "is_prefilling", "seq_lens_cpu_upper_bound")
+_COMPUTED = (
+    "query_start_loc",
+    "query_start_loc_cpu",
+    "num_reqs",
+    "num_actual_tokens",
+    "max_query_len",
+    "max_seq_len",
+    "slot_mapping",
+    "positions",
+    "req_idx",
+    "_num_computed_tokens_cache",
+    "_token_to_req_indices_cache",
+)
+_UNTOUCHED = ("causal",)
+
+
+def subset(
+    step: Step, rows: np.ndarray, lengths: np.ndarray, slot_mapping: Tensor, positions: Tensor
+) -> Any:
+    """Attention metadata of some of a step's rows, each with its own number of tokens.
+
+    Args:
+        step: the step's metadata.
+        rows: indices of the rows to keep, increasing.
+        lengths: tokens of each; they end at the row's last position.
+        slot_mapping: cache slot of each token, row by row.
+        positions: position of each token.
+    """
+    common = step.common
+    for field in fields(common):
+        name = field.name
+        if name not in _PER_REQUEST + _COMPUTED + _UNTOUCHED and getattr(common, name) is not None:
+            raise RuntimeError(f"the attention metadata's `{name}` cannot be cut to some rows")
+    device = common.seq_lens.device
+    offsets_cpu = torch.zeros(len(rows) + 1, dtype=common.query_start_loc_cpu.dtype)
+    np.cumsum(lengths, out=offsets_cpu.numpy()[1:])
+    indices_cpu = torch.from_numpy(rows)
+    indices = indices_cpu.to(device, non_blocking=True)
+    changed: dict[str, Any] = {}
+    for name in _PER_REQUEST:
+        value = getattr(common, name)
+        if value is not None:
+            changed[name] = value[indices_cpu if value.device.type == "cpu" else indices]
+    changed.update(
+        query_start_loc=offsets_cpu.to(device, non_blocking=True),
+        query_start_loc_cpu=offsets_cpu,
+        num_reqs=len(rows),
+        num_actual_tokens=int(offsets_cpu[-1]),
+        max_query_len=int(lengths.max()),
+        slot_mapping=slot_mapping,
+        positions=positions if common.positions is not None else None,
+        req_idx=common.req_idx[rows] if common.req_idx is not None else None,
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+    return step.builder.build(0, common.replace(**changed), fast_build=True)
+
+
+@contextmanager
+def running_on(metadata: Any, slot_mapping: Tensor) -> Iterator[None]:
+    """Run layers on other attention metadata than the step's."""
+    context = get_forward_context()
+    names = context.attn_metadata.keys()
+    with override_forward_context(
+        replace(
+            context,
+            attn_metadata=dict.fromkeys(names, metadata),
+            slot_mapping=dict.fromkeys(names, slot_mapping),
+        )
+    ):
+        yield

@@ -1,0 +1,43 @@
+"""Checks of per-request parameters where a request arrives, so that a bad one gets HTTP 400.
+
+vLLM asks the classes named in `logits_processors` to validate a request's parameters before it is
+admitted. These do nothing else. Each runner has an interface of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
+
+from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.techniques.early_exit.request import parse_exit_request
+
+
+def _validate(params: SamplingParams) -> None:
+    try:
+        parse_exit_request(params.extra_args)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error)) from None
+
+
+class ExitParamsV1(V1LogitsProcessor):
+    """Early exit's parameters, for runner V1."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        _validate(sampling_params)
+
+    def apply(self, logits: Any) -> Any:
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass

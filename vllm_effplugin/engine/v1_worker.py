@@ -1,0 +1,90 @@
+"""Runner V1: gives the model a view of the requests behind a batch's rows.
+
+A model that treats requests differently has to know which request each row belongs to, and when
+requests end. Runner V2 tells it through `ModelState` (`add_request`, `remove_request`,
+`prepare_attn`). Runner V1 has no such interface, so a subclass of its worker reads the runner's
+tables (patches/README.md, "rows of runner V1"). It is named in `worker_cls`, which is vLLM's
+setting for that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_effplugin.engine.batch import Rows
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class V1Rows:
+    """Row source over runner V1's persistent batch.
+
+    Args:
+        runner: the model runner.
+        admit: called with a slot and the request's sampling parameters when it gets the slot.
+    """
+
+    def __init__(self, runner: Any, admit: Any) -> None:
+        self._runner = runner
+        self._admit = admit
+        self._slot_of: dict[str, int] = {}
+        self._free = list(range(runner.max_num_reqs - 1, -1, -1))
+        self._ids: list[str] = []
+        self._slots = np.zeros(0, dtype=np.int64)
+
+    def release(self, requests: set[str]) -> None:
+        """Requests that ended or lost their cache."""
+        for request in requests:
+            slot = self._slot_of.pop(request, None)
+            if slot is not None:
+                self._free.append(slot)
+                self._ids = []
+
+    def rows(self) -> Rows:
+        """The rows of the step that the runner is about to run."""
+        batch = self._runner.input_batch
+        count = batch.num_reqs
+        ids = batch.req_ids[:count]
+        if ids != self._ids:
+            self._slots = np.array([self._slot(request) for request in ids], dtype=np.int64)
+            self._ids = list(ids)
+        starts = batch.num_computed_tokens_cpu[:count].astype(np.int64)
+        lengths = np.diff(self._runner.query_start_loc.np[: count + 1]).astype(np.int64)
+        decodes = (
+            (lengths == 1)
+            & (starts >= batch.num_prompt_tokens[:count])
+            & (starts + 1 >= batch.num_tokens_no_spec[:count])
+        )
+        return Rows(self._slots, starts, lengths, decodes)
+
+    def _slot(self, request: str) -> int:
+        slot = self._slot_of.get(request)
+        if slot is None:
+            slot = self._slot_of[request] = self._free.pop()
+            self._admit(slot, self._runner.requests[request].sampling_params)
+        return slot
+
+
+class EffpluginCPUWorker(CPUWorker):
+    """vLLM's CPU worker, whose model knows the requests behind its rows."""
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        model = self.model_runner.get_model()
+        self._rows = V1Rows(self.model_runner, model.admit_request)
+        model.attach(self._rows)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        self._rows.release(
+            scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        )
+        return super().execute_model(scheduler_output)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.get_model().measure_costs()
+        return times

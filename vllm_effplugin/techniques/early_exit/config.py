@@ -1,0 +1,100 @@
+"""Where tokens may leave the stack, who decides, and what the skipped layers owe the cache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_effplugin.errors import ConfigError
+
+NEVER = 1.0
+"""The threshold at which no token leaves."""
+
+
+class ExitPoint(BaseModel):
+    """One point between two layers where tokens may leave."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    depth: int = Field(ge=1, description="Layers that a token has run when it may leave here.")
+    gate: Literal["linear", "mlp", "softmax", "rate"] = Field(
+        "softmax",
+        description="What gives the confidence of a token. `linear` and `mlp` are trained on the "
+        "hidden state; `softmax` is the probability of the exit's own token, which costs one "
+        "run of the language model head. `rate` lets a pseudo-random share leave, whatever the "
+        "token: for measurements.",
+    )
+    threshold: float = Field(
+        NEVER,
+        ge=0,
+        le=1,
+        description="A token leaves when its confidence reaches this; at 1 none does. Under "
+        "`rate`, the share of tokens that stays.",
+    )
+    adapter: Literal["none", "linear"] = Field(
+        "none", description="What runs between the exit's hidden state and the final norm."
+    )
+
+    def tensors(self, hidden_size: int, gate_width: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the exit's trained tensors, without a prefix."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.gate == "linear":
+            shapes.update(_linear("gate.layers.0", hidden_size, 1))
+        elif self.gate == "mlp":
+            shapes.update(_linear("gate.layers.0", hidden_size, gate_width))
+            shapes.update(_linear("gate.layers.2", gate_width, 1))
+        if self.adapter == "linear":
+            shapes["adapter.correction.weight"] = (hidden_size, hidden_size)
+        return shapes
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+class EarlyExitConfig(BaseModel):
+    """Exits from shallow to deep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    exits: tuple[ExitPoint, ...] = Field((), description="The exits.")
+    cache: Literal["recompute", "propagate", "copy"] = Field(
+        "recompute",
+        description="What the layers that a token skipped owe the KV cache. `recompute`: they "
+        "run later, together with the request's next token that goes deeper; exact. `propagate`: "
+        "their keys and values are taken from the exit's hidden state. `copy`: from the last "
+        "layer that ran.",
+    )
+    max_pending: int = Field(
+        16, ge=1, description="Under `recompute`, most tokens of a request that may wait."
+    )
+    compaction: Literal["auto", "always"] = Field(
+        "auto",
+        description="`auto`: tokens leave the batch where that saves time, by costs measured at "
+        "start-up. `always`: wherever they may. The tokens generated are the same.",
+    )
+    gate_width: int = Field(64, ge=1, description="Hidden units of `mlp` gates.")
+
+    @model_validator(mode="after")
+    def _sorted(self) -> EarlyExitConfig:
+        depths = [point.depth for point in self.exits]
+        if depths != sorted(set(depths)):
+            raise ValueError(f"`exits` must have increasing depths, got {depths}")
+        return self
+
+    def tensors(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all trained tensors of the exits, as in a checkpoint."""
+        return {
+            f"model.exits.{index}.{name}": shape
+            for index, point in enumerate(self.exits)
+            for name, shape in point.tensors(hidden_size, self.gate_width).items()
+        }
+
+    def check_depths(self, num_layers: int) -> None:
+        """Raise ConfigError unless every exit lies inside a model of `num_layers` layers."""
+        if self.exits and self.exits[-1].depth >= num_layers:
+            raise ConfigError(
+                f"efficiency.early_exit: an exit at depth {self.exits[-1].depth} is not inside "
+                f"the model, which has {num_layers} layers"
+            )

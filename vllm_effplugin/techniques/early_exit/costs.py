@@ -1,0 +1,93 @@
+"""What layers cost, and whether it pays to run them on fewer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Column:
+    """Seconds that one part of the stack takes, at any number of tokens.
+
+    Linear between and beyond the measured sizes; no tokens take no time.
+
+    Args:
+        sizes: numbers of tokens, increasing, at least two.
+        seconds: the time at each.
+    """
+
+    def __init__(self, sizes: Sequence[int], seconds: Sequence[float]) -> None:
+        self.sizes, self.seconds = tuple(sizes), tuple(seconds)
+        self.slope = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+        known = np.interp(np.arange(sizes[-1] + 1), sizes, seconds)
+        known[0] = 0.0
+        self._known: list[float] = known.tolist()
+
+    def at(self, tokens: int) -> float:
+        """The time for a number of tokens."""
+        if tokens < len(self._known):
+            return self._known[tokens]
+        return self._known[-1] + (tokens - len(self._known) + 1) * self.slope
+
+    def __add__(self, other: Column) -> Column:
+        return Column(self.sizes, [a + b for a, b in zip(self.seconds, other.seconds, strict=True)])
+
+
+class Costs:
+    """Times of the whole stack and of its segments, and what follows from them.
+
+    Args:
+        whole: the stack as one graph.
+        segments: the segments, one more than there are exits.
+        overhead: seconds to cut a batch to some of its rows.
+        fill: seconds that a row's cache entries cost when it leaves, per exit; None where the
+            skipped layers run later instead (`recompute`). Then a row that leaves costs what one
+            more token costs in a large batch.
+    """
+
+    def __init__(
+        self,
+        whole: Column,
+        segments: Sequence[Column],
+        overhead: float,
+        fill: Sequence[float] | None,
+    ) -> None:
+        self.whole, self.segments, self.overhead = whole, tuple(segments), overhead
+        behind = segments[-1]
+        self.behind = [behind]
+        for segment in segments[-2:0:-1]:
+            behind = segment + behind
+            self.behind.insert(0, behind)
+        self._debt = list(fill) if fill is not None else [column.slope for column in self.behind]
+
+    def gain(self, exit: int, tokens: int, staying: int, leaving: int) -> float:
+        """Seconds saved by cutting a batch behind an exit.
+
+        Args:
+            exit: index of the exit.
+            tokens: tokens of the batch if nothing leaves.
+            staying: tokens of the batch that is cut.
+            leaving: rows that leave.
+        """
+        column = self.behind[exit]
+        saved = column.at(tokens) - column.at(staying)
+        return saved - leaving * self._debt[exit] - (self.overhead if staying else 0.0)
+
+    def saved(self, tokens: int, may_leave: Sequence[int]) -> float:
+        """Share of a step's time that exits save, negative where segments cost more than that.
+
+        Args:
+            tokens: tokens of the step.
+            may_leave: for each exit, rows whose gate fired there and that need not stay.
+        """
+        spent = self.segments[0].at(tokens)
+        remaining, ready = tokens, 0
+        for exit, fired in enumerate(may_leave):
+            ready += fired
+            if ready and self.gain(exit, remaining, remaining - ready, ready) > 0:
+                remaining -= ready
+                spent += ready * self._debt[exit] + (self.overhead if remaining else 0.0)
+                ready = 0
+            spent += self.segments[exit + 1].at(remaining)
+        return 1 - spent / self.whole.at(tokens)

@@ -1,0 +1,78 @@
+"""The trained parts of an exit: gate and adapter.
+
+Shapes: `T` tokens, `d` hidden size. Hidden states are the residual stream behind a layer; gates
+see them divided by their root mean square, so that one threshold fits tokens of any norm.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vllm_effplugin.techniques.early_exit.config import NEVER, EarlyExitConfig, ExitPoint
+
+
+class Gate(nn.Module):
+    """Confidence, as a logit, that a token's prediction would not change any more.
+
+    `linear` is one layer (CALM); `mlp` a feed-forward block (DYNAMAX).
+
+    Args:
+        kind: `linear` or `mlp`.
+        hidden_size: `d`.
+        width: hidden units of `mlp`.
+    """
+
+    def __init__(self, kind: str, hidden_size: int, width: int) -> None:
+        super().__init__()
+        if kind == "linear":
+            self.layers = nn.Sequential(nn.Linear(hidden_size, 1, dtype=torch.float32))
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(hidden_size, width, dtype=torch.float32),
+                nn.SiLU(),
+                nn.Linear(width, 1, dtype=torch.float32),
+            )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[T]` logits in fp32 for `[T, d]` hidden states."""
+        hidden = hidden.float()
+        hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+        return self.layers(hidden).squeeze(-1)
+
+
+class LinearAdapter(nn.Module):
+    """A linear map, added to the hidden state, that makes up for the layers not run."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.correction = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[T, d]` -> `[T, d]`."""
+        return hidden + self.correction(hidden)
+
+
+class Exit(nn.Module):
+    """Gate and adapter of one exit point; `gate` is None where it is not a trained one."""
+
+    def __init__(self, point: ExitPoint, config: EarlyExitConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.point = point
+        trained = point.gate in ("linear", "mlp")
+        self.gate = Gate(point.gate, hidden_size, config.gate_width) if trained else None
+        self.adapter = LinearAdapter(hidden_size) if point.adapter == "linear" else None
+
+    def comparable(self, threshold: float) -> float:
+        """A threshold in the unit of what the gate gives: a logit if trained, else a share."""
+        if threshold >= NEVER:
+            return math.inf
+        if self.gate is None:
+            return threshold
+        return math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
+
+    def adapt(self, hidden: Tensor) -> Tensor:
+        """What the final norm reads, `[T, d]`, from the exit's hidden states."""
+        return hidden if self.adapter is None else self.adapter(hidden)

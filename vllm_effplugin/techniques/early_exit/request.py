@@ -1,0 +1,69 @@
+"""What a caller may ask of early exit, per request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.techniques.early_exit.config import NEVER, EarlyExitConfig
+
+class ExitRequest(BaseModel):
+    """Fields of `vllm_xargs` (HTTP) or `SamplingParams.extra_args` (offline)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    exit: bool | Literal["verify"] = Field(True, description="Whether tokens may leave early.")
+    exit_threshold: float | None = Field(
+        None, ge=0, le=1, description="Confidence at which they do, instead of the checkpoint's."
+    )
+    exit_min_layer: int | None = Field(
+        None, ge=0, description="Layers that every token has to run at least."
+    )
+
+
+def parse_exit_request(extra_args: Mapping[str, Any] | None) -> ExitRequest:
+    """Our fields among a request's extra arguments, which start with `exit`; defaults without.
+
+    HTTP clients may send booleans and numbers as strings, which is what `vllm_xargs` allows.
+
+    Raises:
+        ConfigError: naming the field and what is wrong with it.
+    """
+    given = {k: v for k, v in (extra_args or {}).items() if k.split("_")[0] == "exit"}
+    if given.get("exit") in ("true", "false"):
+        given["exit"] = given["exit"] == "true"
+    for name, convert in (("exit_threshold", float), ("exit_min_layer", int)):
+        value = given.get(name)
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+            try:
+                given[name] = convert(value)
+            except ValueError:
+                raise ConfigError(f"{name}: {value!r} is not a number") from None
+    try:
+        return ExitRequest.model_validate(given)
+    except ValidationError as error:
+        problems = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
+        raise ConfigError(problems) from None
+
+
+def thresholds(config: EarlyExitConfig, request: ExitRequest) -> list[float]:
+    """The confidence at which a request's tokens leave, for each exit."""
+    if not request.exit:
+        return [NEVER] * len(config.exits)
+    least = request.exit_min_layer or 0
+    wanted = request.exit_threshold
+    return [
+        NEVER if point.depth < least else point.threshold if wanted is None else wanted
+        for point in config.exits
+    ]
+
+
+def cache_policy(config: EarlyExitConfig, extra_args: Mapping[str, Any] | None) -> str | None:
+    """What tells a request's approximate cache entries from others; None where they are exact."""
+    chosen = thresholds(config, parse_exit_request(extra_args))
+    if config.cache == "recompute" or all(threshold >= NEVER for threshold in chosen):
+        return None
+    return f"early_exit:{config.cache}:{','.join(map(str, chosen))}"
