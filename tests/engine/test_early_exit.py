@@ -117,7 +117,14 @@ class Replay:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("family", "exits"),
-    [("Llama", SOME), ("Llama", ALL), ("Llama", SOFTMAX), ("Mistral", SOME), ("Qwen2", SOME), ("Qwen3", SOME)],
+    [
+        ("Llama", SOME),
+        ("Llama", ALL),
+        ("Llama", SOFTMAX),
+        ("Mistral", SOME),
+        ("Qwen2", SOME),
+        ("Qwen3", SOME),
+    ],
     ids=["Llama", "Llama-all", "Llama-softmax", "Mistral", "Qwen2", "Qwen3"],
 )
 def test_mixed_batches(tiny, family, exits, policy):
@@ -229,7 +236,9 @@ def schedules(draw: st.DrawFn) -> list[tuple[int, int, int, dict[str, Any], int]
     )
 
 
-@pytest.mark.parametrize(("policy", "examples"), [("recompute", 300), ("propagate", 100), ("copy", 100)])
+@pytest.mark.parametrize(
+    ("policy", "examples"), [("recompute", 300), ("propagate", 100), ("copy", 100)]
+)
 def test_random_schedules(tiny, policy, examples):
     """Random arrivals, lengths, wishes and aborts, against the replay."""
     from vllm import SamplingParams
@@ -254,8 +263,12 @@ def test_random_schedules(tiny, policy, examples):
                 generator = torch.Generator().manual_seed(seed)
                 prompt = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
                 params = SamplingParams(
-                    temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
-                    logprobs=-1, extra_args=extra,
+                    temperature=0,
+                    max_tokens=tokens,
+                    ignore_eos=True,
+                    detokenize=False,
+                    logprobs=-1,
+                    extra_args=extra,
                 )
                 arrivals.append((arrival, str(next(numbers)), prompt, params))
             run_schedule(llm, trace, replay, arrivals, aborted)
@@ -280,7 +293,7 @@ def run_schedule(llm, trace, replay, arrivals, aborted) -> None:
                 finished[output.request_id] = output.outputs[0]
         step += 1
     events = {name.split("-")[0]: happened for name, happened in trace.events.items()}
-    for _, name, prompt, params in arrivals:
+    for _, name, prompt, _ in arrivals:
         completion = finished.get(name)
         if completion is None:
             assert arrivals[aborted][1] == name

@@ -65,6 +65,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             _refuse_with_exits(vllm_config, plan)
             vllm_config.parallel_config.worker_cls = EXIT_WORKER
             early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
+            assert early_exit is not None
             if early_exit.cache != "recompute" and vllm_config.cache_config.enable_prefix_caching:
                 vllm_config.scheduler_config.scheduler_cls = EXIT_SCHEDULER
             processors = vllm_config.model_config.logits_processors or []

@@ -263,9 +263,7 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.forward_context", "override_forward_context", "running layers on some rows"),
     Interface("vllm.forward_context", "get_forward_context", "the batch of a step"),
-    Interface(
-        "vllm.forward_context", "set_forward_context", "measuring costs", ("attn_metadata",)
-    ),
+    Interface("vllm.forward_context", "set_forward_context", "measuring costs", ("attn_metadata",)),
     Interface("vllm.distributed", "get_tp_group", "one decision for all ranks"),
     Interface("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", "the rows of runner V1"),
     Interface(
@@ -274,9 +272,7 @@ CONTRACT: tuple[Interface, ...] = (
         "the rows of runner V1",
         ("scheduler_output",),
     ),
-    Interface(
-        "vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "measuring costs"
-    ),
+    Interface("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "measuring costs"),
     Interface(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",

@@ -79,10 +79,12 @@ def compiled_part(
     function = FunctionType(code, forward.__globals__, name, forward.__defaults__)
     function.__qualname__ = f"{name}.forward"
     function.__annotations__ = dict(forward.__annotations__)
-    tensors = [argument for argument in function.__annotations__ if argument not in ("self", "return")]
-    cls = support_torch_compile(
-        dynamic_arg_dims={argument: {0: "b"} for argument in tensors}
-    )(type(name, (_Part,), {"forward": function, "__module__": __name__}))
+    tensors = [
+        argument for argument in function.__annotations__ if argument not in ("self", "return")
+    ]
+    cls = support_torch_compile(dynamic_arg_dims={argument: {0: "b"} for argument in tensors})(
+        type(name, (_Part,), {"forward": function, "__module__": __name__})
+    )
     tag = f"{prefix}.{name.lower()}"
     with set_model_tag(tag):
         # By name: the compile decorator checks positional arguments against annotations.

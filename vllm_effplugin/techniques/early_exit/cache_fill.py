@@ -21,7 +21,9 @@ class CacheFill(Protocol):
     def prepare(self) -> None:
         """The model's weights are loaded, and not yet in the form that kernels want."""
 
-    def add(self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
+    def add(
+        self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor
+    ) -> None:
         """Tokens leave.
 
         Args:
@@ -85,7 +87,9 @@ class Propagate:
         self._weight = torch.cat(weights).to(dtype)  # [l * 2 * h * s, d]
         self._bias = torch.cat(biases).to(dtype) if biases else None
 
-    def add(self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
+    def add(
+        self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor
+    ) -> None:
         self._added.append((exit, hidden, positions, slots))
 
     def write(self) -> None:
@@ -106,7 +110,9 @@ class Propagate:
         keys, values = both[:, :, 0], both[:, :, 1]  # [n, l, h, s]
         if hasattr(attention, "k_norm"):
             weight = torch.stack([layer.self_attn.k_norm.weight for layer in layers])
-            scale = torch.rsqrt(keys.float().square().mean(-1, keepdim=True) + attention.k_norm.variance_epsilon)
+            scale = torch.rsqrt(
+                keys.float().square().mean(-1, keepdim=True) + attention.k_norm.variance_epsilon
+            )
             keys = (keys.float() * scale).to(hidden.dtype) * weight[:, None]
         repeated = positions.repeat_interleave(len(layers))
         flat = keys.reshape(len(repeated), -1)
@@ -127,7 +133,9 @@ class Copy:
     def prepare(self) -> None:
         pass
 
-    def add(self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
+    def add(
+        self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor
+    ) -> None:
         seen = self._seen[exit]
         self._added.append((exit, seen.key[tokens], seen.value[tokens], slots))
 

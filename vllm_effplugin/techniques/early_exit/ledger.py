@@ -52,7 +52,7 @@ class Ledger:
         return self.owed[slots, -1] < starts
 
     def must_finish(self, slots: Ints, positions: Ints) -> Ints:
-        """Rows that have to run all layers at `positions`: the block or the waiting room is full."""
+        """Rows that have to run all layers at `positions`: block or waiting room is full."""
         fills = (positions + 1) % self._block_size == 0
         return fills | (positions + 1 - self.owed[slots, -1] > self._max_pending)
 

@@ -127,9 +127,7 @@ class ExitLoop:
 
     # --- Requests --------------------------------------------------------------------------------
 
-    def attach(
-        self, source: RowSource, compute_logits: Callable[[Tensor], Tensor | None]
-    ) -> None:
+    def attach(self, source: RowSource, compute_logits: Callable[[Tensor], Tensor | None]) -> None:
         """Where the rows of a step come from, and the language model head."""
         self._source = source
         self.compute_logits = compute_logits

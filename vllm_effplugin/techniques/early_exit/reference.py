@@ -107,9 +107,7 @@ class ReferenceSequence:
         """
         if self._config.cache == "copy":
             source = self._cache.layers[ran]
-            self._cache.update(
-                source.keys[:, :, position:], source.values[:, :, position:], index
-            )
+            self._cache.update(source.keys[:, :, position:], source.values[:, :, position:], index)
             return
         layer: Any = self._decoder.layers[index]
         attention = layer.self_attn

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.config import NEVER, EarlyExitConfig
 
+
 class ExitRequest(BaseModel):
     """Fields of `vllm_xargs` (HTTP) or `SamplingParams.extra_args` (offline)."""
 

@@ -217,7 +217,9 @@ class StepRun:
         if len(lengths):
             within = _ranges(lengths)
             tokens = within + np.repeat((batch.ends - batch.lengths)[leaves], lengths)
-            places = self._places(np.repeat(slots, lengths), np.repeat(batch.firsts[leaves], lengths) + within)
+            places = self._places(
+                np.repeat(slots, lengths), np.repeat(batch.firsts[leaves], lengths) + within
+            )
             tokens, places = self._on_device(tokens), self._on_device(places)
             loop.waiting[0].index_copy_(0, places, hidden[tokens])
             loop.waiting[1].index_copy_(0, places, residual[tokens])
