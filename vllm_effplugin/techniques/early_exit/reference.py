@@ -42,7 +42,7 @@ class ReferenceSequence:
 
         Whatever the cache held from `start` on is forgotten.
         """
-        self._cache.crop(start)
+        self._forget(start)
         hidden = self._layers(self._embed(tokens), 0, len(self._decoder.layers), start)
         return self._logits(hidden)
 
@@ -52,7 +52,7 @@ class ReferenceSequence:
 
         The layers behind it get their cache entries by the policy, exact ones for `recompute`.
         """
-        self._cache.crop(position)
+        self._forget(position)
         depth = self._config.exits[exit].depth
         hidden = self._layers(self._embed([token]), 0, depth, position)
         if self._config.cache == "recompute":
@@ -65,14 +65,22 @@ class ReferenceSequence:
     @torch.no_grad()
     def confidence(self, token: int, position: int, exit: int) -> float:
         """What an exit's gate says about a token, as a probability. Leaves the cache as it was."""
-        self._cache.crop(position)
+        self._forget(position)
         depth = self._config.exits[exit].depth
         hidden = self._layers(self._embed([token]), 0, depth, position)
-        self._cache.crop(position)
+        self._forget(position)
         module = self._exits[exit]
         if module.gate is not None:
             return float(module.gate(hidden[0]).sigmoid())
         return float(self._logits(module.adapt(hidden)).softmax(-1).max())
+
+    def _forget(self, start: int) -> None:
+        """Drop the cache from position `start` on."""
+        surplus = self._cache.get_seq_length() - start
+        if start == 0:
+            self._cache = DynamicCache(config=self._model.config)
+        elif surplus > 0:
+            self._cache.crop(-surplus)
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
         return self._decoder.embed_tokens(torch.tensor([list(tokens)]))
