@@ -16,6 +16,9 @@ from vllm_effplugin.config.checkpoint import (
 )
 
 PAIRS = {"layer_parallel": {"groups": [[2, 3], [4, 5]]}}
+EXITS = {"early_exit": {"exits": [{"depth": 4}]}}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 TRIPLES = {"layer_parallel": {"groups": [[2, 3, 4]]}}
 
 
@@ -40,7 +43,7 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
         (PAIRS, {"quantization": "fp8"}, "quantization 'fp8'"),
         (
             PAIRS,
-            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            {"kv_transfer_config": CONNECTOR},
             "--kv-transfer-config",
         ),
         (TRIPLES, {"tensor_parallel_size": 2}, r"--tensor-parallel-size 2.*\[2, 3, 4\].*fused"),
@@ -49,6 +52,15 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
         ({"layer_paralel": {}}, {}, "layer_paralel"),
         ({"layer_parallel": {"groups": [[2, 3]], "bypass": 2}}, {}, "bypass"),
         ({"layer_parallel": {"groups": [[2, 3]], "trained": True}}, {}, "is missing"),
+        (EXITS, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        (EXITS, {"enable_lora": True}, "--enable-lora.*early exit"),
+        (EXITS, {"quantization": "fp8"}, "quantization 'fp8'.*early exit"),
+        (EXITS, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*early exit"),
+        (EXITS, {"speculative_config": NGRAM}, "--speculative-config.*early exit"),
+        (EXITS, {"worker_cls": "some.Worker"}, "--worker-cls some.Worker"),
+        ({**EXITS, **PAIRS}, {}, "`early_exit` and `layer_parallel`"),
+        ({"early_exit": {"exits": [{"depth": 12}]}}, {}, "depth 12.*12 layers"),
+        ({"early_exit": {"exits": [{"depth": 4, "gate": "mlp"}]}}, {}, "tensors.*is missing"),
     ],
 )
 def test_refused(tiny, efficiency, options, named):
@@ -73,22 +85,14 @@ def test_mixed_attention_in_a_group_is_refused(tiny):
     ("efficiency", "options"),
     [
         (PAIRS, {}),
+        (EXITS, {}),
         (PAIRS, {"tensor_parallel_size": 2}),
         (None, {"enable_lora": True}),
         (
             {"layer_parallel": {"groups": [[2, 3, 4]], "schedule": "fused"}},
             {"tensor_parallel_size": 2},
         ),
-        (
-            PAIRS,
-            {
-                "speculative_config": {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 3,
-                }
-            },
-        ),
+        (PAIRS, {"speculative_config": NGRAM}),
     ],
 )
 def test_accepted(tiny, efficiency, options):

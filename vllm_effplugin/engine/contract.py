@@ -282,6 +282,12 @@ CONTRACT: tuple[Interface, ...] = (
     Interface("vllm.v1.core.sched.scheduler", "Scheduler.add_request", "cache salts", ("request",)),
     Interface("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "cache salts"),
     Interface("vllm.v1.request", "Request.update_block_hashes", "cache salts"),
+    Interface(
+        "vllm.v1.attention.backend",
+        "AttentionBackend.get_builder_cls",
+        "metadata that remembers the batch",
+    ),
+    Interface("vllm.sampling_params", "SamplingParams", "what a request asks for", ("extra_args",)),
     Interface("vllm.exceptions", "VLLMValidationError", "HTTP 400 for bad parameters"),
     Interface(
         "vllm.v1.sample.logits_processor.interface",
