@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import CACHE, Case, Engine, EngineSpec, Metric, argument_parser, main
+from harness import CACHE, Case, Engine, EngineSpec, Metric, argument_parser, efficient, main
 from layer_parallel import build_smollm2
 
 POLICIES = ("recompute", "propagate", "copy")
@@ -46,15 +46,7 @@ METRICS = tuple(
 
 def early_exit(stock: EngineSpec, policy: str, *exits: dict[str, Any]) -> EngineSpec:
     """`stock`, with exits."""
-    efficiency = {"version": 1, "early_exit": {"exits": list(exits), "cache": policy}}
-    return EngineSpec(
-        stock.model,
-        stock.tensor_parallel,
-        hf_overrides={
-            "architectures": ["EfficientLlamaForCausalLM"],
-            "efficiency": efficiency,
-        },
-    )
+    return efficient(stock, early_exit={"exits": list(exits), "cache": policy})
 
 
 def forced(depth: int, percent: int) -> dict[str, Any]:

@@ -71,6 +71,15 @@ class EngineSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def efficient(stock: EngineSpec, **sections: Any) -> EngineSpec:
+    """`stock`, a Llama, with sections of an `efficiency` block."""
+    overrides = {
+        "architectures": ["EfficientLlamaForCausalLM"],
+        "efficiency": {"version": 1, **sections},
+    }
+    return replace(stock, hf_overrides=overrides)
+
+
 @dataclass(frozen=True)
 class Metric:
     """A plainly named number, unit in the name. `measure` must be picklable (it is sent over)."""

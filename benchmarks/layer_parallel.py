@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import CACHE, SEED, SPEED_METRICS, Case, EngineSpec, argument_parser, main
+from harness import CACHE, SEED, SPEED_METRICS, Case, EngineSpec, argument_parser, efficient, main
 
 RANDOM_LLAMA = {
     "hidden_size": 512,
@@ -31,15 +31,7 @@ FUSED = {"schedule": "fused"}
 
 def layer_parallel(stock: EngineSpec, **block: Any) -> EngineSpec:
     """`stock`, with the layers grouped as `block` says."""
-    efficiency = {"version": 1, "layer_parallel": block}
-    return EngineSpec(
-        stock.model,
-        stock.tensor_parallel,
-        hf_overrides={
-            "architectures": ["EfficientLlamaForCausalLM"],
-            "efficiency": efficiency,
-        },
-    )
+    return efficient(stock, layer_parallel=block)
 
 
 def cases(smollm2: Path, random_llama: Path) -> list[Case]:
