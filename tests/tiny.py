@@ -70,6 +70,11 @@ def overrides(family: str, efficiency: dict[str, Any] | None) -> dict[str, Any]:
     return changed
 
 
+def counters(llm: Any) -> dict[str, float]:
+    """An engine's metrics that are one number, by name."""
+    return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+
+
 def isolated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a module-level function in a fresh process and return its result.
 

@@ -58,6 +58,8 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
         (EXITS, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*early exit"),
         (EXITS, {"speculative_config": NGRAM}, "--speculative-config.*early exit"),
         (EXITS, {"worker_cls": "some.Worker"}, "--worker-cls some.Worker"),
+        (EXITS, {"tensor_parallel_size": 2}, "--tensor-parallel-size 2.*early exit"),
+        ({**EXITS, "split_after": [6]}, {}, "split_after"),
         ({**EXITS, **PAIRS}, {}, "`early_exit` and `layer_parallel`"),
         ({"early_exit": {"exits": [{"depth": 12}]}}, {}, "depth 12.*12 layers"),
         ({"early_exit": {"exits": [{"depth": 4, "gate": "mlp"}]}}, {}, "tensors.*is missing"),
@@ -78,6 +80,13 @@ def test_mixed_attention_in_a_group_is_refused(tiny):
     kinds = ["sliding_attention", "full_attention"] * 6
     changed = {**overrides("Llama", PAIRS), "layer_types": kinds, "sliding_window": 64}
     with pytest.raises(ValueError, match=r"\[2, 3\] mixes kinds of attention"):
+        build(tiny(), hf_overrides=changed)
+
+
+def test_mixed_attention_with_exits_is_refused(tiny):
+    kinds = ["sliding_attention", "full_attention"] * 6
+    changed = {**overrides("Llama", EXITS), "layer_types": kinds, "sliding_window": 64}
+    with pytest.raises(ValueError, match=r"mixes kinds of attention layers.*early exit"):
         build(tiny(), hf_overrides=changed)
 
 

@@ -8,17 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from tests.engine.test_layer_parallel_logits import NEW_TOKENS, generate, prompts
-from tests.tiny import VOCAB, engine, overrides
+from tests.engine.test_layer_parallel_logits import (
+    MIXED_BATCHES,
+    NEW_TOKENS,
+    generate,
+    prompts,
+    step_logits,
+)
+from tests.tiny import VOCAB, counters, engine, overrides
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
+from vllm_effplugin.techniques.early_exit.step import pseudo_random
 
 TOLERANCE = 1e-3
 POLICIES = ["recompute", "propagate", "copy"]
@@ -44,7 +52,7 @@ class Trace:
         batch = self.loop._source._runner.input_batch
         for row in range(len(run.rows.slots)):
             self.events.setdefault(batch.req_ids[row], []).append(
-                (int(run.rows.starts[row]), int(run.rows.lengths[row]), int(run.fired[row]))
+                (int(run.rows.starts[row]), int(run.rows.lengths[row]), int(run.passage.fired[row]))
             )
 
     def take(self) -> list[list[tuple[int, int, int]]]:
@@ -61,24 +69,10 @@ def exiting(checkpoint: Path, family: str = "Llama", **options: Any) -> Iterator
     with engine(
         checkpoint,
         hf_overrides=overrides(family, {"early_exit": block}),
-        **{
-            "max_num_batched_tokens": 64,
-            "max_num_seqs": 8,
-            "num_gpu_blocks_override": 20,
-            "block_size": 32,
-            "enable_prefix_caching": True,
-            "max_logprobs": -1,
-            "logprobs_mode": "raw_logits",
-            "disable_log_stats": False,
-            **options,
-        },
+        **{**MIXED_BATCHES, **options},
     ) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         yield llm, Trace(worker.model_runner.get_model().model.exit_loop)
-
-
-def counters(llm: Any) -> dict[str, float]:
-    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
 
 
 class Replay:
@@ -90,6 +84,30 @@ class Replay:
         self.config = config
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.exits = [Exit(p, config, self.model.config.hidden_size) for p in config.exits]
+
+    def decisions(self, prompt: list[int], tokens: list[int]) -> list[tuple[int, int, int]]:
+        """What the gates decide, worked out here: the prompt in one piece, then each token."""
+        sequence = ReferenceSequence(self.model, self.config, self.exits)
+        whole = [*prompt, *tokens]
+        sequence.run(prompt, 0)
+        events = [(0, len(prompt), -1)]
+        for position in range(len(prompt), len(whole) - 1):
+            fired = -1
+            for exit, point in enumerate(self.config.exits):
+                if point.gate == "rate":
+                    [score] = pseudo_random(exit, np.array([position]), np.array([whole[position]]))
+                else:
+                    score = sequence.confidence(whole[position], position, exit)
+                    assert abs(score - point.threshold) > 1e-5, "too close to call"
+                if score >= point.threshold:
+                    fired = exit
+                    break
+            if fired < 0:
+                sequence.run(whole[position : position + 1], position)
+            else:
+                sequence.leave(whole[position], position, fired)
+            events.append((position, 1, fired))
+        return events
 
     def difference(
         self, prompt: list[int], tokens: list[int], logits: torch.Tensor, events: Sequence[Any]
@@ -140,8 +158,8 @@ def test_mixed_batches(tiny, family, exits, policy):
             results = generate(llm, prompts())
             events = trace.take()
             seen = trace.loop.counters
-            assert seen.left > 0
-            assert policy != "recompute" or seen.recomputed > 0
+            assert seen["left"] > 0
+            assert policy != "recompute" or seen["recomputed"] > 0
             assert (counters(llm)["vllm:prefix_cache_hits"] > 0) >= again
             if again and policy != "recompute":
                 break  # approximate blocks may be hit, which the replay does not follow
@@ -172,6 +190,24 @@ def ask(llm: Any, requests: list[list[int]], *asked: dict[str, Any], **fields: A
     return llm.generate([{"prompt_token_ids": ids} for ids in requests], params, use_tqdm=False)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("exits", [SOME, SOFTMAX], ids=["rate", "softmax"])
+def test_two_ranks(tiny, exits, policy):
+    """Both ranks take the first one's decisions; what they are is worked out apart."""
+    block = {"exits": exits, "cache": policy, "compaction": "always", "max_pending": 5}
+    replay = Replay(tiny(), block)
+    options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}
+    changed = overrides("Llama", {"early_exit": block})
+    with engine(tiny(), tp=2, hf_overrides=changed, **{**MIXED_BATCHES, **options}) as llm:
+        results = generate(llm, prompts())
+    fired = set()
+    for prompt, (tokens, logits) in zip(prompts(), results, strict=True):
+        decided = replay.decisions(prompt, tokens)
+        fired.update(exit for _, _, exit in decided)
+        assert replay.difference(prompt, tokens, logits, decided) <= TOLERANCE
+    assert fired == {-1, *range(len(exits))}
+
+
 @pytest.mark.parametrize("policy", ["propagate", "copy"])
 def test_exact_requests_never_see_approximate_entries(tiny, policy):
     """Not even one whose prompt is what an approximate request wrote."""
@@ -187,9 +223,7 @@ def test_exact_requests_never_see_approximate_entries(tiny, policy):
         assert counters(llm)["vllm:prefix_cache_hits"] - before >= len(prompt) // 32 * 32 + 32
     replay = Replay(tiny(), block)
     tokens = list(exact.outputs[0].token_ids)
-    logits = torch.tensor(
-        [[step[t].logprob for t in range(VOCAB)] for step in exact.outputs[0].logprobs]
-    )
+    logits = step_logits(exact.outputs[0])
     events = [(0, len(written), -1), *((len(written) + i, 1, -1) for i in range(8))]
     assert replay.difference(written, tokens, logits, events) <= TOLERANCE
 
@@ -302,9 +336,7 @@ def run_schedule(llm, trace, replay, arrivals, aborted) -> None:
         if completion is None:
             assert arrivals[aborted][1] == name
             continue
-        logits = torch.tensor(
-            [[step[t].logprob for t in range(VOCAB)] for step in completion.logprobs]
-        )
+        logits = step_logits(completion)
         tokens = list(completion.token_ids)
         happened = events.get(name)
         if happened is None:  # nobody could leave while it ran

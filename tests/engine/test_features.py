@@ -13,7 +13,7 @@ from tests.engine.test_layer_parallel_logits import (
     prompts,
 )
 from tests.engine.test_off import run
-from tests.tiny import engine, isolated, overrides
+from tests.tiny import counters, engine, isolated, overrides
 
 GROUPS = {"groups": MIXED_SIZES, "bypass": 1}
 
@@ -33,8 +33,8 @@ def speculated(model, speculative: dict | None) -> tuple[list[list[int]], float]
         outputs = llm.generate(
             [{"prompt_token_ids": ids} for ids in repeating], params, use_tqdm=False
         )
-        counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    accepted = counters.get("vllm:spec_decode_num_accepted_tokens", 0)
+        seen = counters(llm)
+    accepted = seen.get("vllm:spec_decode_num_accepted_tokens", 0)
     return [list(output.outputs[0].token_ids) for output in outputs], accepted
 
 

@@ -7,17 +7,31 @@ then the same prompts again, so that they hit the prefix cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import LAYERS, VOCAB, engine, overrides
+from tests.tiny import LAYERS, VOCAB, counters, engine, overrides
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.plan import build_plan
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 
 TOLERANCE = 1e-3
 NEW_TOKENS = 40
+MIXED_BATCHES: dict[str, Any] = {
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 8,
+    "num_gpu_blocks_override": 20,
+    "block_size": 32,
+    "enable_prefix_caching": True,
+    "max_logprobs": -1,
+    "logprobs_mode": "raw_logits",
+    "disable_log_stats": False,
+}
+"""Options of an engine that mixes chunked prefill with decode, preempts, and hits its prefixes."""
+
 MIXED_SIZES = [[1, 2], [3, 4, 5], [6, 7, 8, 9]]
 EVEN_SIZES = [[0, 1], [3, 4, 5, 6], [8, 9]]
 
@@ -57,6 +71,13 @@ def prompts(seed: int = 0) -> list[list[int]]:
     return [*drawn, drawn[-1][:64] + drawn[0]]
 
 
+def step_logits(completion: Any) -> torch.Tensor:
+    """Logits `[tokens, V]` of a completion that asked for all of them."""
+    return torch.tensor(
+        [[step[token].logprob for token in range(VOCAB)] for step in completion.logprobs]
+    )
+
+
 def generate(llm, requests: list[list[int]]) -> list[tuple[list[int], torch.Tensor]]:
     """Greedy tokens and the logits `[NEW_TOKENS, V]` that they were taken from."""
     from vllm import SamplingParams
@@ -68,10 +89,7 @@ def generate(llm, requests: list[list[int]]) -> list[tuple[list[int], torch.Tens
     results = []
     for output in outputs:
         completion = output.outputs[0]
-        logits = torch.tensor(
-            [[step[token].logprob for token in range(VOCAB)] for step in completion.logprobs]
-        )
-        results.append((list(completion.token_ids), logits))
+        results.append((list(completion.token_ids), step_logits(completion)))
     return results
 
 
@@ -95,21 +113,14 @@ def check(checkpoint, family: str, layer_parallel: dict | None, tp: int = 1, **o
         checkpoint,
         tp=tp,
         hf_overrides=overrides(family, efficiency),
-        max_num_batched_tokens=64,
-        max_num_seqs=8,
-        num_gpu_blocks_override=20,
-        block_size=32,
-        enable_prefix_caching=True,
-        max_logprobs=-1,
-        logprobs_mode="raw_logits",
-        disable_log_stats=False,
+        **MIXED_BATCHES,
         **options,
     ) as llm:
         first = generate(llm, prompts())
         again = generate(llm, prompts())
-        counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    assert counters["vllm:num_preemptions"] > 0, "the KV cache was not small enough to preempt"
-    assert counters["vllm:prefix_cache_hits"] > 0
+        seen = counters(llm)
+    assert seen["vllm:num_preemptions"] > 0, "the KV cache was not small enough to preempt"
+    assert seen["vllm:prefix_cache_hits"] > 0
     assert largest_difference(checkpoint, layer_parallel, first, prompts()) <= TOLERANCE
     assert largest_difference(checkpoint, layer_parallel, again, prompts()) <= TOLERANCE
 

@@ -10,6 +10,7 @@ from tests.tiny import FAMILIES, architecture, engine, isolated, overrides
 TRIVIAL_PLANS = {
     "no block": None,
     "no groups": {"layer_parallel": {"groups": []}},
+    "no exit is taken": {"early_exit": {"exits": [{"depth": 4}, {"depth": 8}]}},
 }
 
 
@@ -48,7 +49,9 @@ def test_segments_compute_what_the_whole_stack_computes(tiny):
 def test_a_trivial_plan_is_the_stock_model_compiled(tiny):
     compiled = {"dtype": "bfloat16", "enforce_eager": False}
     stock = isolated(run, tiny(), {"architectures": [architecture("Llama")]}, **compiled)
-    assert_identical(stock, isolated(run, tiny(), overrides("Llama", None), **compiled))
+    for name in ("no block", "no exit is taken"):
+        changed = overrides("Llama", TRIVIAL_PLANS[name])
+        assert_identical(stock, isolated(run, tiny(), changed, **compiled))
 
 
 def test_compiled_segments_do_not_share_artifacts(tiny):

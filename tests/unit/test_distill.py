@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, LAYERS, VOCAB
+from vllm_effplugin.preparation import head as head_module
+from vllm_effplugin.preparation.base import load_model
+from vllm_effplugin.preparation.head import HeadDivergence
 from vllm_effplugin.techniques.layer_parallel import distill
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.distill import (
@@ -17,7 +20,6 @@ from vllm_effplugin.techniques.layer_parallel.distill import (
     DistillSettings,
     apply_replacements,
 )
-from vllm_effplugin.techniques.layer_parallel.prepare import load_model
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
 
@@ -49,14 +51,14 @@ def divergence(teacher: Any, student: Any) -> float:
 
 
 def test_loss_and_gradient_equal_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "LOGITS_CHUNK", 3)
+    monkeypatch.setattr(head_module, "LOGITS_CHUNK", 3)
     torch.manual_seed(0)
     student, teacher, head = torch.randn(7, 5), torch.randn(7, 5), torch.randn(11, 5)
     student.requires_grad_(True)
     log_t, log_q = (torch.log_softmax(h @ head.T, -1) for h in (teacher, student))
     expected = (log_t.exp() * (log_t - log_q)).sum(-1).mean()
     (gradient,) = torch.autograd.grad(2 * expected, student)
-    ours = distill._HeadDivergence.apply(student, teacher, head)
+    ours = HeadDivergence.apply(student, teacher, head)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(torch.autograd.grad(2 * ours, student)[0], gradient)
 

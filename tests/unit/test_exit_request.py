@@ -50,6 +50,7 @@ def test_thresholds(asked: dict[str, Any] | None, expected: list[float]) -> None
     [
         ({"exit": "perhaps"}, "exit"),
         ({"exit": 1}, "exit"),
+        ({"exit": "verify"}, "exit"),
         ({"exit_threshold": 1.5}, "exit_threshold"),
         ({"exit_threshold": -0.1}, "exit_threshold"),
         ({"exit_threshold": "high"}, "exit_threshold.*not a number"),

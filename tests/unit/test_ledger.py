@@ -39,23 +39,26 @@ def test_every_segment_sees_a_prefix_and_full_blocks_are_exact(
     def step(start: int, length: int, leaves: int) -> None:
         nonlocal done
         first, last = start, start + length - 1
-        ledger.begin(slot, np.array([start]), np.array([True]))
         done = [min(count, start) for count in done]
         if length == 1 and ledger.must_finish(slot, np.array([last]))[0]:
             leaves = EXITS
         for segment in range(EXITS + 1):
             if segment:
-                first = int(ledger.owed[0, segment - 1])
+                first -= int(ledger.joining(slot, segment - 1, np.array([first]))[0])
                 assert first <= start
                 assert last - first <= room or length > 1
                 assert first // BLOCK == last // BLOCK or length > 1
             assert done[segment] == first, "attention would miss keys, or they are computed twice"
             done[segment] = last + 1
-            if segment == leaves:
-                ledger.passed(slot, leaves, np.array([last]))
+            if segment == leaves < EXITS:
+                ledger.leave(slot, leaves, np.array([first]), np.array([last]))
+                assert ledger.has_pending(slot)[0]
+                assert ledger.backlog == last + 1 - min(done)
                 break
         else:
-            ledger.passed(slot, EXITS, np.array([last]))
+            ledger.settle(slot)
+            assert not ledger.has_pending(slot)[0]
+            assert ledger.backlog == 0
         full = (last + 1) // BLOCK * BLOCK
         assert all(count >= full for count in done), "a full block is not exact"
 

@@ -20,8 +20,10 @@ from vllm_effplugin.cli.evaluate import Scores, summarise
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_efficiency
 from vllm_effplugin.errors import CheckpointError
-from vllm_effplugin.techniques.layer_parallel import calibration, prepare
-from vllm_effplugin.techniques.layer_parallel.calibration import TextShape
+from vllm_effplugin.preparation import base
+from vllm_effplugin.preparation import text as calibration
+from vllm_effplugin.preparation.text import TextShape
+from vllm_effplugin.techniques.layer_parallel import prepare
 from vllm_effplugin.techniques.layer_parallel.distill import Distiller
 
 TRAINED = parse_efficiency({"layer_parallel": {"groups": [[4, 5]], "trained": True}})
@@ -184,7 +186,7 @@ def test_trained_tensor_that_the_base_does_not_name_is_refused(model: Path) -> N
 def test_stored_tensors_have_the_dtypes_of_the_base(model: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(model, half)
-    prepare.load_model(model, torch.bfloat16).save_pretrained(half)
+    base.load_model(model, torch.bfloat16).save_pretrained(half)
     name = "model.layers.4.mlp.up_proj.weight"
     tensors = prepare._as_stored(half, TRAINED, 12, {name: torch.full((192, 128), 1 / 3)})
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.tiny import FAMILIES, LAYERS, VOCAB
 from vllm_effplugin.plan import Unit
+from vllm_effplugin.preparation.base import load_model
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
-from vllm_effplugin.techniques.layer_parallel.prepare import load_model
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, LAYERS, VOCAB
+from vllm_effplugin.preparation.base import load_model
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.distill import with_own_layers
-from vllm_effplugin.techniques.layer_parallel.prepare import load_model
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.repair import LeastSquares, Repair, RepairSettings
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
@@ -88,6 +88,8 @@ def test_a_repair_that_does_not_carry_over_is_left_out(
     grouped = with_own_layers(original, GROUPED)
     settings = RepairSettings(ridge=1e-4)
     Repair(original, grouped, config, TOKENS[:2, :7], settings).run()
+    assert "does not carry over" in caplog.text
+    assert damage(original, grouped, config) <= 1.1 * damage(original, original, config)
     left_out = [
         layer
         for record in caplog.records

@@ -10,9 +10,9 @@ import torch
 
 from tests.tiny import FAMILIES, LAYERS, VOCAB
 from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.preparation.base import load_model
 from vllm_effplugin.techniques.layer_parallel import ray_search, search
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
-from vllm_effplugin.techniques.layer_parallel.prepare import load_model
 from vllm_effplugin.techniques.layer_parallel.ray_search import open_evaluator
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import (

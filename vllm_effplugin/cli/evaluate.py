@@ -144,7 +144,7 @@ def _windows(checkpoint: Path, text: Path, context: int, max_tokens: int | None)
     """Token ids of the text, cut; a last window of a single token is dropped."""
     from transformers import AutoTokenizer
 
-    from vllm_effplugin.techniques.layer_parallel.calibration import read_text
+    from vllm_effplugin.preparation.text import read_text
 
     content = read_text(text)
     limit = read_model_config(checkpoint).get("max_position_embeddings")

@@ -105,8 +105,8 @@ def layer_parallel(
 
     from pydantic import ValidationError
 
+    from vllm_effplugin.preparation.precision import default_precision
     from vllm_effplugin.techniques.layer_parallel.distill import LEARNING_RATES
-    from vllm_effplugin.techniques.layer_parallel.precision import default_precision
     from vllm_effplugin.techniques.layer_parallel.prepare import PrepareRequest
     from vllm_effplugin.techniques.layer_parallel.prepare import prepare as run
 
@@ -168,7 +168,144 @@ def _describe(error: Any) -> str:
     """A validation error in terms of options."""
     problems = []
     for item in error.errors():
-        names = [str(part) for part in item["loc"] if part not in ("search", "distill")]
+        names = [str(part) for part in item["loc"] if part not in ("search", "distill", "train")]
         option = f"--{names[0].replace('_', '-')}: " if names else ""
         problems.append(option + item["msg"].removeprefix("Value error, "))
     return "; ".join(problems)
+
+
+class GateKind(StrEnum):
+    """What gives a token's confidence."""
+
+    linear = "linear"
+    mlp = "mlp"
+    softmax = "softmax"
+
+
+class AdapterKind(StrEnum):
+    """What runs between an exit's hidden state and the final norm."""
+
+    none = "none"
+    linear = "linear"
+
+
+class CachePolicy(StrEnum):
+    """What skipped layers owe the KV cache."""
+
+    recompute = "recompute"
+    propagate = "propagate"
+    copy = "copy"
+
+
+@app.command("early-exit")
+def early_exit(
+    model: Annotated[Path, typer.Argument(help="Checkpoint directory of the base model.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    exits: Annotated[
+        str | None,
+        typer.Option(help='Layers before each exit: "14,20,24"; three in the later half without.'),
+    ] = None,
+    gate: Annotated[
+        GateKind, typer.Option(help="`softmax` needs no training and costs a run of the head.")
+    ] = GateKind.linear,
+    gate_width: Annotated[int, typer.Option(help="Hidden units of `mlp` gates.", min=1)] = 64,
+    adapter: Annotated[
+        AdapterKind, typer.Option(help="Makes up for the layers not run.")
+    ] = AdapterKind.linear,
+    cache: Annotated[
+        CachePolicy, typer.Option(help="`recompute` is exact; the others are approximate.")
+    ] = CachePolicy.recompute,
+    max_pending: Annotated[
+        int, typer.Option(help="Most tokens of a request that may wait (`recompute`).", min=1)
+    ] = 16,
+    min_agreement: Annotated[
+        float, typer.Option(help="Share of tokens that have to be the full model's.")
+    ] = 0.95,
+    confidence: Annotated[
+        float, typer.Option(help="Of that promise, on text like the held-out one.")
+    ] = 0.95,
+    batches: Annotated[
+        str, typer.Option(help="Batch sizes for which speed is forecast.")
+    ] = "1,8,32",
+    top_k: Annotated[
+        int, typer.Option(help="Gates learn whether the exit's token is among the model's top k.")
+    ] = 1,
+    adapter_tokens: Annotated[
+        int, typer.Option(help="Tokens of distillation per adapter; 0: least squares alone.", min=0)
+    ] = 32768,
+    gate_epochs: Annotated[int, typer.Option(help="Passes over the text for gates.", min=1)] = 20,
+    text: Annotated[
+        Path | None, typer.Option(help=".txt or .jsonl file; else the model writes the text.")
+    ] = None,
+    text_tokens: Annotated[
+        int, typer.Option(help="Most tokens to train and choose on.", min=1)
+    ] = 65536,
+    held_out_tokens: Annotated[
+        int, typer.Option(help="Tokens on which the promise is tested.", min=1)
+    ] = 32768,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    precision: Annotated[
+        Precision, typer.Option(help="Of capture and training; `auto` asks the device.")
+    ] = Precision.auto,
+    seed: Annotated[int, typer.Option(help="Of text and training order.")] = 0,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Unfinished work, to resume; beside OUT by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Let tokens leave early (DYNAMAX): train exits, choose thresholds, forecast the speed.
+
+    Writes no exit where none is expected to be faster. The same command continues after an
+    interruption.
+    """
+    require_output(out, overwrite=overwrite)
+
+    from pydantic import ValidationError
+
+    from vllm_effplugin.preparation.precision import default_precision
+    from vllm_effplugin.techniques.early_exit.prepare import PrepareRequest
+    from vllm_effplugin.techniques.early_exit.prepare import prepare as run
+
+    try:
+        request = PrepareRequest.model_validate(
+            {
+                "exits": None if exits is None else parse_numbers("--exits", exits),
+                "gate": gate.value,
+                "gate_width": gate_width,
+                "adapter": adapter.value,
+                "cache": cache.value,
+                "max_pending": max_pending,
+                "min_agreement": min_agreement,
+                "confidence": confidence,
+                "batches": parse_numbers("--batches", batches),
+                "train": {
+                    "adapter_tokens": adapter_tokens,
+                    "gate_epochs": gate_epochs,
+                    "top_k": top_k,
+                    "precision": (
+                        default_precision() if precision is Precision.auto else precision.value
+                    ),
+                    "seed": seed,
+                },
+                "text": text,
+                "text_tokens": text_tokens,
+                "held_out_tokens": held_out_tokens,
+                "sequence_length": sequence_length,
+                "seed": seed,
+            }
+        )
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+    run(model, out, request, work_dir=work_dir, overwrite=overwrite)
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Numbers as typed: `14,20,24`.
+
+    Raises:
+        ConfigError: when they are not that.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f'{option} {text!r} is not of the form "14,20,24"') from None

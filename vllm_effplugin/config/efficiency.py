@@ -57,6 +57,8 @@ class EfficiencyConfig(BaseModel):
             self.layer_parallel.resolve_groups(num_layers)
         if self.early_exit is not None:
             self.early_exit.check_depths(num_layers)
+            if self.split_after and self.early_exit.exits:
+                raise ConfigError("efficiency.split_after has no meaning with exits; leave it out")
 
 
 def parse_efficiency(block: Any) -> EfficiencyConfig:

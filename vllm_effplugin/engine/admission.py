@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import check_extra_tensors
+from vllm_effplugin.engine.metrics import COLLECTOR
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan, build_plan
 from vllm_effplugin.techniques.layer_parallel.placement import check_placement
@@ -71,6 +72,13 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             processors = vllm_config.model_config.logits_processors or []
             if EXIT_PARAMS not in processors:
                 vllm_config.model_config.logits_processors = [*processors, EXIT_PARAMS]
+            COLLECTOR.watch(
+                vllm_config.instance_id,
+                str(vllm_config.model_config.served_model_name),
+                [point.depth for point in early_exit.exits],
+                len(plan.unit_of),
+                vllm_config.parallel_config.data_parallel_size,
+            )
         if not plan.is_trivial:
             logger.info("%d layers in %d steps: %s", len(plan.unit_of), plan.depth, plan.describe())
 
@@ -170,6 +178,11 @@ def _refuse_with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
     if vllm_config.speculative_config is not None:
         raise UnsupportedError(
             f"--speculative-config is not supported with early exit: leave it off, or {way_out}"
+        )
+    if len(set(getattr(model.hf_config, "layer_types", None) or ())) > 1:
+        raise UnsupportedError(
+            "a model that mixes kinds of attention layers is not supported with early exit, which "
+            f"runs all layers on one set of cache blocks: {way_out}"
         )
     if not current_platform.is_cpu():
         raise UnsupportedError(

@@ -48,6 +48,10 @@ class Rows:
 class RowSource(Protocol):
     """A runner, as far as the model may know it."""
 
+    def slots(self) -> np.ndarray:
+        """Slots of the step's requests; the same array while these stay the same."""
+        ...
+
     def rows(self) -> Rows:
         """The rows of the step that is being run."""
         ...
@@ -114,6 +118,11 @@ _COMPUTED = (
     "_token_to_req_indices_cache",
 )
 _UNTOUCHED = ("causal",)
+_FOREIGN = tuple(
+    field.name
+    for field in fields(CommonAttentionMetadata)
+    if field.name not in (*_PER_REQUEST, *_COMPUTED, *_UNTOUCHED)
+)
 
 
 def subset(
@@ -129,9 +138,8 @@ def subset(
         positions: position of each token.
     """
     common = step.common
-    for field in fields(common):
-        name = field.name
-        if name not in _PER_REQUEST + _COMPUTED + _UNTOUCHED and getattr(common, name) is not None:
+    for name in _FOREIGN:
+        if getattr(common, name) is not None:
             raise RuntimeError(f"the attention metadata's `{name}` cannot be cut to some rows")
     device = common.seq_lens.device
     offsets_cpu = torch.zeros(len(rows) + 1, dtype=common.query_start_loc_cpu.dtype)

@@ -44,14 +44,20 @@ class V1Rows:
                 self._free.append(slot)
                 self._ids = []
 
-    def rows(self) -> Rows:
-        """The rows of the step that the runner is about to run."""
+    def slots(self) -> np.ndarray:
+        """Slots of the requests of the step that the runner is about to run."""
         batch = self._runner.input_batch
-        count = batch.num_reqs
-        ids = batch.req_ids[:count]
+        ids = batch.req_ids[: batch.num_reqs]
         if ids != self._ids:
             self._slots = np.array([self._slot(request) for request in ids], dtype=np.int64)
             self._ids = list(ids)
+        return self._slots
+
+    def rows(self) -> Rows:
+        """The rows of that step."""
+        batch = self._runner.input_batch
+        count = batch.num_reqs
+        slots = self.slots()
         starts = batch.num_computed_tokens_cpu[:count].astype(np.int64)
         lengths = np.diff(self._runner.query_start_loc.np[: count + 1]).astype(np.int64)
         decodes = (
@@ -59,7 +65,7 @@ class V1Rows:
             & (starts >= batch.num_prompt_tokens[:count])
             & (starts + 1 >= batch.num_tokens_no_spec[:count])
         )
-        return Rows(self._slots, starts, lengths, decodes)
+        return Rows(slots, starts, lengths, decodes)
 
     def _slot(self, request: str) -> int:
         slot = self._slot_of.get(request)
@@ -88,3 +94,7 @@ class EffpluginCPUWorker(CPUWorker):
         times = super().compile_or_warm_up_model()
         self.model_runner.get_model().measure_costs()
         return times
+
+    def exit_costs(self) -> dict[str, Any]:
+        """What the exits' costs were measured to be, for `LLM.collective_rpc`."""
+        return self.model_runner.get_model().exit_costs()

@@ -103,6 +103,10 @@ class PlannedTrunk(nn.Module):
             remember_batches(layer.self_attn.attn)
         self.exit_loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
 
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """What the first layer reads, `[T, d]`."""
+        return self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+
     def forward(
         self,
         input_ids: Tensor | None,
@@ -113,7 +117,7 @@ class PlannedTrunk(nn.Module):
         """Hidden states `[T, d]` after the final norm, from `[T]` token ids or their embeddings."""
         if self.exit_loop is not None:
             return self.exit_loop(input_ids, positions, inputs_embeds)
-        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.embed(input_ids, inputs_embeds)
         residual = None
         if self.segments is None:
             hidden, residual = run_units(self.plan.units, self.layers, positions, hidden, residual)

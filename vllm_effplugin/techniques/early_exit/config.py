@@ -74,6 +74,13 @@ class EarlyExitConfig(BaseModel):
         description="`auto`: tokens leave the batch where that saves time, by costs measured at "
         "start-up. `always`: wherever they may. The tokens generated are the same.",
     )
+    shadow: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the tokens that leave which run all layers nevertheless, to see "
+        "whether their exit agrees with the full model. The tokens generated are the same.",
+    )
     gate_width: int = Field(64, ge=1, description="Hidden units of `mlp` gates.")
 
     @model_validator(mode="after")

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+SMOOTHING = 0.1
+"""Weight of the last step in the running mean of what leaving saves."""
+
+MARGIN = 0.03
+"""Share of a step that leaving has to save before the stack runs in segments."""
+
 
 class Column:
     """Seconds that one part of the stack takes, at any number of tokens.
@@ -53,7 +59,8 @@ class Costs:
         overhead: float,
         fill: Sequence[float] | None,
     ) -> None:
-        self.whole, self.segments, self.overhead = whole, tuple(segments), overhead
+        self.whole, self.segments = whole, tuple(segments)
+        self.overhead, self.fill = overhead, fill
         behind = segments[-1]
         self.behind = [behind]
         for segment in segments[-2:0:-1]:
@@ -90,4 +97,29 @@ class Costs:
                 spent += ready * self._debt[exit] + (self.overhead if remaining else 0.0)
                 ready = 0
             spent += self.segments[exit + 1].at(remaining)
-        return 1 - spent / self.whole.at(tokens)
+        # Where segments were measured to be faster even if nobody leaves, that is noise.
+        segments = sum(segment.at(tokens) for segment in self.segments)
+        return 1 - spent / min(self.whole.at(tokens), segments)
+
+
+class Preference:
+    """Whether the stack should run in segments, from what leaving saved in the last steps.
+
+    Args:
+        costs: of the machine; None prefers segments always.
+    """
+
+    def __init__(self, costs: Costs | None) -> None:
+        self._costs = costs
+        self._saved = 0.0
+
+    @property
+    def segments(self) -> bool:
+        """Whether segments are expected to save a clear share of a step."""
+        return self._costs is None or self._saved > MARGIN
+
+    def learn(self, tokens: int, may_leave: Sequence[int]) -> None:
+        """A step of some tokens is over, of which these rows left or might have, per exit."""
+        if self._costs is not None:
+            saved = self._costs.saved(tokens, may_leave)
+            self._saved += SMOOTHING * (saved - self._saved)

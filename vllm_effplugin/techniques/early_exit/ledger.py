@@ -18,6 +18,9 @@ import numpy as np
 
 Ints = np.ndarray
 
+NOTHING = np.iinfo(np.int64).max
+"""Owed by a request of which nothing waits."""
+
 
 class Ledger:
     """Debts of up to `slots` requests.
@@ -30,32 +33,42 @@ class Ledger:
     """
 
     def __init__(self, slots: int, exits: int, max_pending: int, block_size: int) -> None:
-        self.owed = np.zeros((slots, exits), dtype=np.int64)
+        self.owed = np.full((slots, exits), NOTHING)
+        self._backlog = np.zeros(slots, dtype=np.int64)
         self._max_pending = max_pending
         self._block_size = block_size
 
     def open(self, slot: int) -> None:
         """A new request: owes nothing, whatever position it starts from."""
-        self.owed[slot] = np.iinfo(np.int64).max
+        self.owed[slot] = NOTHING
+        self._backlog[slot] = 0
 
-    def begin(self, slots: Ints, starts: Ints, exits: Ints) -> None:
-        """Rows are scheduled from `starts` on; whatever waited from there on is run again.
+    @property
+    def backlog(self) -> int:
+        """Tokens that wait."""
+        return int(self._backlog.sum())
 
-        Rows for which `exits` is false never leave and owe nothing. They are not followed while
-        no other request is in the batch.
-        """
-        owed = np.where(exits[:, None], self.owed[slots], np.iinfo(np.int64).max)
-        self.owed[slots] = np.minimum(owed, starts[:, None])
+    def has_pending(self, slots: Ints) -> Ints:
+        """Rows of which positions wait."""
+        return self.owed[slots, -1] != NOTHING
 
-    def has_pending(self, slots: Ints, starts: Ints) -> Ints:
-        """Rows for which positions before `starts` wait."""
-        return self.owed[slots, -1] < starts
+    def joining(self, slots: Ints, exit: int, firsts: Ints) -> Ints:
+        """Positions before `firsts` that wait at an exit, and have to go along behind it."""
+        return firsts - np.minimum(self.owed[slots, exit], firsts)
 
     def must_finish(self, slots: Ints, positions: Ints) -> Ints:
         """Rows that have to run all layers at `positions`: block or waiting room is full."""
         fills = (positions + 1) % self._block_size == 0
-        return fills | (positions + 1 - self.owed[slots, -1] > self._max_pending)
+        first = np.minimum(self.owed[slots, -1], positions)
+        return fills | (positions + 1 - first > self._max_pending)
 
-    def passed(self, slots: Ints, exits: int, positions: Ints) -> None:
-        """Rows ran everything up to `positions` behind the first `exits` exits."""
-        self.owed[slots, :exits] = positions[:, None] + 1
+    def leave(self, slots: Ints, exit: int, firsts: Ints, lasts: Ints) -> None:
+        """Rows leave at an exit, up to which positions `firsts` to `lasts` ran."""
+        self.owed[slots, :exit] = NOTHING
+        self.owed[slots, exit:] = np.minimum(self.owed[slots, exit:], firsts[:, None])
+        self._backlog[slots] = lasts + 1 - self.owed[slots, -1]
+
+    def settle(self, slots: Ints) -> None:
+        """Rows ran all layers, and so did what waited of them."""
+        self.owed[slots] = NOTHING
+        self._backlog[slots] = 0

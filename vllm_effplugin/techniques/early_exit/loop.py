@@ -10,7 +10,8 @@ batch is cut where the rows that leave are worth it (`step.py`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,23 +23,20 @@ from vllm.forward_context import set_forward_context
 
 from vllm_effplugin.engine.batch import RowSource, current_step
 from vllm_effplugin.engine.segments import compiled_part, run_units
+from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
 from vllm_effplugin.techniques.early_exit.cache_fill import open_fill
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
-from vllm_effplugin.techniques.early_exit.costs import Column, Costs
+from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
+from vllm_effplugin.techniques.early_exit.counters import Counters, counters_path, publish
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
 from vllm_effplugin.techniques.early_exit.request import parse_exit_request, thresholds
-from vllm_effplugin.techniques.early_exit.step import Counters, StepRun
-
-SMOOTHING = 0.1
-"""Weight of the last step in the running mean of what leaving saves."""
-
-MARGIN = 0.03
-"""Share of a step that leaving has to save before the stack runs in segments."""
+from vllm_effplugin.techniques.early_exit.step import StepRun
 
 MEASURED_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MEASUREMENTS = 15
+MEASUREMENTS, MEASURING_SECONDS = 30, 0.6
+"""Most runs of the parts at one size, and the time behind which no third or further one starts."""
 
 CUT_SECONDS = 2e-4
 """Until measured: host time to cut a batch and to build its attention metadata."""
@@ -61,11 +59,20 @@ def _to_end(self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | Non
     return trunk.norm(hidden, residual)[0]
 
 
+def _plain(
+    self: Any, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+) -> Tensor:
+    trunk = self.owned[0]
+    hidden = trunk.embed(input_ids, inputs_embeds)
+    hidden, residual = run_units(self.units, trunk.layers, positions, hidden, None)
+    return trunk.norm(hidden, residual)[0]
+
+
 def _whole(
     self: Any, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
 ) -> tuple[Tensor, ...]:
     trunk = self.owned[0]
-    hidden = trunk.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+    hidden = trunk.embed(input_ids, inputs_embeds)
     residual = None
     exits: list[Tensor] = []
     for unit in self.units:
@@ -101,23 +108,32 @@ class ExitLoop:
             ),
             compiled_part(_to_end, "ToEnd", trunk, last.units, vllm_config, prefix),
         ]
+        # Not the graph below without its further results: in bf16 those change what Inductor keeps
+        # in fp32. Where nobody may leave, outputs are those of the stock model bit for bit.
+        self.plain = compiled_part(_plain, "Plain", trunk, plan.units, vllm_config, prefix)
         behind = {exit.point.depth - 1: exit for exit in self.exits}
         self.whole = compiled_part(
             _whole, "Whole", trunk, plan.units, vllm_config, prefix, exit_behind=behind
         )
         self.fill = open_fill(config, trunk)
         self.costs: Costs | None = None
-        self.counters = Counters(exits=[0] * len(self.exits))
+        self.counters = Counters(len(self.exits))
         self.on_step: Callable[[StepRun], None] | None = None
         self.compute_logits: Callable[[Tensor], Tensor | None] = lambda hidden: None
         self._trunk = trunk
         self._vllm_config = vllm_config
         self._layer_name = trunk.layers[0].self_attn.attn.layer_name
         self._source: RowSource | None = None
-        self._advantage = 0.0
+        self._preference = Preference(None)
         slots = vllm_config.scheduler_config.max_num_seqs
         self._thresholds = np.full((slots, len(self.exits)), np.inf)
         self._ledger: Ledger | None = None
+        # Of the batch's requests, while they stay the same: their slots and thresholds, whether
+        # each may leave somewhere, and whether any may.
+        self._slots: np.ndarray | None = None
+        self._wanted: np.ndarray = np.zeros((0, len(self.exits)))
+        self._exits: np.ndarray = np.zeros(0, dtype=bool)
+        self._any_exits = False
         # Hidden state and residual of the tokens that wait, `max_pending` places per request.
         places = slots * config.max_pending if config.cache == "recompute" else 0
         model = vllm_config.model_config
@@ -134,6 +150,10 @@ class ExitLoop:
         """Where the rows of a step come from, and the language model head."""
         self._source = source
         self.compute_logits = compute_logits
+        if get_tp_group().rank_in_group == 0:
+            path = counters_path(self._vllm_config.instance_id)
+            self.counters = publish(path, len(self.exits))
+            weakref.finalize(self, path.unlink, missing_ok=True)
 
     def admit(self, slot: int, extra_args: Mapping[str, Any] | None) -> None:
         """A request takes a slot. Its wishes were checked when it arrived."""
@@ -161,48 +181,41 @@ class ExitLoop:
         step = current_step(self._layer_name)
         if step is None or self._source is None:
             return self._warm_up(input_ids, positions, inputs_embeds)
+        slots = self._source.slots()
+        if slots is not self._slots:
+            self._slots = slots
+            self._wanted = self._thresholds[slots]
+            self._exits = np.any(self._wanted < np.inf, axis=1)
+            self._any_exits = bool(np.any(self._exits))
+        if not self._any_exits:  # nobody may leave at all: nothing but the stack
+            for name in ("layer_tokens", "full_layer_tokens"):
+                self.counters.add(name, len(positions) * self.num_layers)
+            return self.plain(input_ids, positions, inputs_embeds)
         rows = self._source.rows()
-        thresholds = self._thresholds[rows.slots]
-        exits = (thresholds < np.inf).any(1)
-        if not exits.any():  # nobody may leave at all: nothing but the stack
-            return self.whole(input_ids, positions, inputs_embeds)[0]
-        self.ledger.begin(rows.slots, rows.starts, exits)
-        thresholds[~rows.decodes] = np.inf
-        run = StepRun(self, step, rows, thresholds, input_ids, positions)
-        decides = bool((thresholds < np.inf).any())
-        if run.waiting.any() or (decides and self._prefers_segments):
-            hidden = run.in_segments(self._embed(input_ids, inputs_embeds))
+        decodes = rows.decodes & self._exits
+        run = StepRun(self, step, rows, decodes, self._wanted, input_ids, positions)
+        if run.passage.waits or (run.decoding and self._preference.segments):
+            hidden = run.in_segments(self._trunk.embed(input_ids, inputs_embeds))
         else:
             hidden = run.as_one(inputs_embeds)
-        if decides:
-            self._learn(run)
+        if run.decoding:
+            passage = run.passage
+            self._preference.learn(passage.tokens, passage.leavable(len(self.exits)))
         if self.on_step is not None:
             self.on_step(run)
         return hidden
-
-    @property
-    def _prefers_segments(self) -> bool:
-        return self.costs is None or self._advantage > MARGIN
-
-    def _learn(self, run: StepRun) -> None:
-        """Take into account what a step saved, or would have saved, by letting tokens leave."""
-        if self.costs is not None:
-            saved = self.costs.saved(run.num_tokens, run.leavable)
-            self._advantage += SMOOTHING * (saved - self._advantage)
 
     def _warm_up(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
     ) -> Tensor:
         """Run, and thereby compile, everything once; no gate decides."""
-        hidden = self._embed(input_ids, inputs_embeds)
+        hidden = self._trunk.embed(input_ids, inputs_embeds)
         residual = None
         for segment in self.segments[:-1]:
             hidden, residual, *_ = segment(positions, hidden, residual)
         self.segments[-1](positions, hidden, residual)
-        return self.whole(input_ids, positions, inputs_embeds)[0]
-
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        return self._trunk.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        self.whole(input_ids, positions, inputs_embeds)
+        return self.plain(input_ids, positions, inputs_embeds)
 
     def finish(self, exit: int, hidden: Tensor) -> Tensor:
         """The final norm's output for `[n, d]` hidden states that leave at an exit."""
@@ -229,6 +242,22 @@ class ExitLoop:
         whole, *segments = (Column(sizes, column.tolist()) for column in seconds.T)
         fill = None if self.fill is None else [0.0] * len(self.exits)
         self.costs = Costs(whole, segments, CUT_SECONDS, fill)
+        self._preference = Preference(self.costs)
+
+    def describe_costs(self) -> dict[str, Any]:
+        """What was measured, as JSON: a `forecast.Machine` but for its `steps`."""
+        costs = self.costs
+        if costs is None:
+            raise UnsupportedError("no costs were measured: too few tokens fit a batch")
+        return {
+            "sizes": list(costs.whole.sizes),
+            "whole": list(costs.whole.seconds),
+            "segments": [list(segment.seconds) for segment in costs.segments],
+            "overhead": costs.overhead,
+            "fill": None if costs.fill is None else list(costs.fill),
+            "block_size": self._vllm_config.cache_config.block_size,
+            "num_layers": self.num_layers,
+        }
 
     @torch.inference_mode()
     def _part_seconds(self, tokens: int) -> list[float]:
@@ -244,16 +273,21 @@ class ExitLoop:
             *(lambda part=part: part(positions, hidden, hidden) for part in others),
         ]
         with set_forward_context(None, self._vllm_config, num_tokens=tokens):
-            return [_best_time(call, weight.device) for call in calls]
+            return _best_times(calls, weight.device)
 
 
-def _best_time(call: Callable[[], Any], device: torch.device) -> float:
+def _best_times(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """The shortest time of each, measured in turn, so that a drift falls on all alike."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(MEASUREMENTS):
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    best = [np.inf] * len(calls)
+    end = time.perf_counter() + MEASURING_SECONDS
+    for round in range(MEASUREMENTS):
+        if round >= 2 and time.perf_counter() > end:
+            break
+        for index, call in enumerate(calls):
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            best[index] = min(best[index], time.perf_counter() - start)
+    return best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,7 @@ class ExitRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    exit: bool | Literal["verify"] = Field(True, description="Whether tokens may leave early.")
+    exit: bool = Field(True, description="Whether tokens may leave early.")
     exit_threshold: float | None = Field(
         None, ge=0, le=1, description="Confidence at which they do, instead of the checkpoint's."
     )

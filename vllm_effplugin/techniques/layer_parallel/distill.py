@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vllm_effplugin.plan import Unit
+from vllm_effplugin.preparation.head import HeadDivergence
+from vllm_effplugin.preparation.precision import Precision, autocast
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
-from vllm_effplugin.techniques.layer_parallel.precision import Precision, autocast
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
 
@@ -44,9 +45,6 @@ LEARNING_RATES = {"lora": 2e-3, "full": 3e-4}
 
 TEACHER_BYTES = 2 << 30
 """Teacher states to keep, where the text repeats and all of it fits."""
-
-LOGITS_CHUNK = 128
-"""Tokens whose `[chunk, V]` logits exist at a time."""
 
 
 class DistillSettings(BaseModel):
@@ -199,7 +197,7 @@ class Distiller:
                     mismatch = mismatch + _relative_distance(hidden, next(remaining))
             output = self._student.decoder.norm(hidden)
         head = self._student.model.lm_head.weight
-        divergence = _HeadDivergence.apply(output.flatten(0, 1), target.flatten(0, 1), head)
+        divergence = HeadDivergence.apply(output.flatten(0, 1), target.flatten(0, 1), head)
         return divergence, mismatch
 
     @torch.no_grad()
@@ -300,43 +298,6 @@ class Distiller:
                 "exp_avg": tensors[f"exp_avg.{name}"].to(value.device),
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(value.device),
             }
-
-
-class _HeadDivergence(torch.autograd.Function):
-    """Language model head and mean KL(teacher || student) in one, a chunk of tokens at a time.
-
-    With `z = h W^T`, `q = softmax(z)` and teacher `t`, dKL/dz is `q - t`: the gradient of the
-    hidden states needs no `[N, V]` tensor to survive the chunk.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
-        """Loss of normed hidden states `[N, d]` of both, under `[V, d]` head weights."""
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.empty_like(student)
-        rows, vocab = min(LOGITS_CHUNK, len(student)), len(head)
-        # Written again for each chunk: fresh memory of this size costs more than the arithmetic.
-        products = head.new_empty(rows, vocab)
-        logits, log_t, log_q = (torch.empty(rows, vocab, device=head.device) for _ in range(3))
-        for start in range(0, len(student), rows):
-            part = slice(start, start + rows)
-            n = len(student[part])
-            for hidden, log_p in ((teacher, log_t), (student, log_q)):
-                torch.mm(hidden[part].to(head.dtype), head.T, out=products[:n])
-                logits[:n].copy_(products[:n])
-                torch.log_softmax(logits[:n], -1, out=log_p[:n])
-            t = torch.exp(log_t[:n], out=logits[:n])
-            total += log_t[:n].sub_(log_q[:n]).mul_(t).sum(-1).double().sum()
-            products[:n].copy_(log_q[:n].exp_().sub_(t))
-            gradient[part] = products[:n] @ head
-        ctx.save_for_backward(gradient.div_(len(student)))
-        return (total / len(student)).to(torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of the student's hidden states."""
-        (gradient,) = ctx.saved_tensors
-        return upstream.to(gradient.dtype) * gradient, None, None
 
 
 def _relative_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ interrupted one stopped.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,16 +19,15 @@ from torch import Tensor
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import (
     base_tensors,
-    read_model_config,
     replaced_tensor_names,
     require_output,
-    stock_architecture,
     write_checkpoint,
 )
 from vllm_effplugin.config.provenance import collect_provenance
-from vllm_effplugin.errors import CheckpointError, ConfigError, UnsupportedError
-from vllm_effplugin.techniques.layer_parallel import calibration
-from vllm_effplugin.techniques.layer_parallel.calibration import Calibration, TextShape
+from vllm_effplugin.errors import CheckpointError, ConfigError
+from vllm_effplugin.preparation.base import check_base, find_text, fingerprint, load_model
+from vllm_effplugin.preparation.text import Calibration, TextShape
+from vllm_effplugin.preparation.workdir import WorkDirectory
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.distill import (
     Distiller,
@@ -53,7 +51,6 @@ from vllm_effplugin.techniques.layer_parallel.search import (
     group_sizes,
     search_partition,
 )
-from vllm_effplugin.techniques.layer_parallel.workdir import WorkDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -123,25 +120,27 @@ def prepare(
     """
     console = console or Console()
     require_output(out, overwrite=overwrite)
-    num_layers = _check_model(model, request)
+    num_layers = check_base(model, request.sequence_length)
     efficiency = _explicit_groups(request, num_layers)
     out = out.absolute()
     work = WorkDirectory(
-        work_dir or out.with_name(f".{out.name}.work"), _fingerprint(model, request)
+        work_dir or out.with_name(f".{out.name}.work"),
+        fingerprint(model, request.text, request.model_dump(mode="json")),
     )
 
-    text = work.load_text()
+    kept = work.tensors("text")
+    text = Calibration(**kept) if kept is not None else None
     if text is None:
-        text = _find_text(model, request)
-        work.save_text(text)
+        text = find_text(model, request.text, request.text_shape(), request.seed)
+        work.save_tensors("text", vars(text))
 
     result: SearchResult | None = None
     if efficiency is None:
         assert request.search is not None
-        result = work.load_search()
+        result = work.result("search", SearchResult)
         if result is None:
             result = _search(model, request.search, text.train[:SEARCH_SEQUENCES], use_ray)
-            work.save_search(result)
+            work.save_result("search", result)
         console.print(pairs_table(result))
         efficiency = _efficiency(request, result.best.groups)
 
@@ -167,10 +166,10 @@ def prepare(
         return rounded
 
     if request.repair is not None:
-        trained = work.load_repair()
+        trained = work.tensors("repair")
         if trained is None:
             trained = _repair(original, layer_parallel, request.repair, text.train)
-            work.save_repair(trained)
+            work.save_tensors("repair", trained)
         stored = measure("repaired", trained)
     training: dict[str, Any] | None = None
     if request.distill is not None:
@@ -202,37 +201,6 @@ def prepare(
     return quality
 
 
-def load_model(model: Path, dtype: torch.dtype | str = torch.float32) -> Any:
-    """The checkpoint as a Hugging Face model; `auto` keeps its own dtype."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().requires_grad_(False)
-
-
-def _check_model(model: Path, request: PrepareRequest) -> int:
-    """Refuse what cannot be prepared; the number of layers otherwise."""
-    config = read_model_config(model)
-    stock_architecture(config)
-    base_tensors(model)
-    if config.get("efficiency") is not None:
-        raise ConfigError(f"{model} is an efficient checkpoint already; prepare its base model")
-    if config.get("quantization_config") is not None:
-        raise UnsupportedError(f"{model} is quantised; prepare the unquantised model")
-    limit = int(config.get("max_position_embeddings") or request.sequence_length)
-    if request.sequence_length > limit:
-        raise ConfigError(
-            f"--sequence-length {request.sequence_length} exceeds the model's {limit}"
-        )
-    # Qwen2 carries a window that only counts with `use_sliding_window`.
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is not None and window < request.sequence_length:
-        raise UnsupportedError(
-            f"--sequence-length {request.sequence_length} exceeds the model's attention window "
-            f"of {window}, which the reference does not model"
-        )
-    return int(config["num_hidden_layers"])
-
-
 def _explicit_groups(request: PrepareRequest, num_layers: int) -> EfficiencyConfig | None:
     """The block for `groups`; None where they are to be searched. Refuses impossible wishes."""
     if request.groups is None:
@@ -259,39 +227,6 @@ def _efficiency(request: PrepareRequest, groups: Sequence[Sequence[int]]) -> Eff
             }
         }
     )
-
-
-def _fingerprint(model: Path, request: PrepareRequest) -> dict[str, Any]:
-    """What the work directory's content depends on: arguments, model and text."""
-    files = [*sorted(model.glob("*.safetensors")), model / "config.json"]
-    stats = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-    text = request.text
-    digest = None
-    if text is not None and text.is_file():
-        digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    return {
-        "model": str(model.resolve()),
-        "files": stats,
-        "text": digest,
-        "request": request.model_dump(mode="json"),
-    }
-
-
-def _find_text(model: Path, request: PrepareRequest) -> Calibration:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model} has no usable tokenizer: {error}") from None
-    shape = request.text_shape()
-    if request.text is not None:
-        return calibration.from_file(request.text, tokenizer, shape, request.seed)
-    logger.warning(
-        "generating %d tokens of text with the model",
-        (shape.train + shape.held_out) * shape.sequence_length,
-    )
-    return calibration.generated(model, tokenizer, shape, request.seed)
 
 
 def _search(model: Path, settings: SearchSettings, tokens: Tensor, use_ray: bool) -> SearchResult:

@@ -1,7 +1,6 @@
 """CQIL in plain PyTorch, on a Hugging Face decoder: the contract that the engine is held to.
 
-Also the model that the search scores and that distillation trains. It uses nothing of a layer but
-its two norms, its attention and its MLP, so it fits every family of the package.
+Also the model that the search scores and that distillation trains.
 
 Shapes: `B` sequences, `S` positions, `d` hidden size, `V` vocabulary, `p` layers per group.
 """
@@ -12,47 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from torch import Tensor
 
 from vllm_effplugin.plan import Unit
+from vllm_effplugin.preparation.decoder import Decoder
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 
 
-class ReferenceDecoder:
-    """Runs a plan's units on the layers of a Hugging Face causal language model.
-
-    Args:
-        model: a `*ForCausalLM` whose decoder layers have `input_layernorm`, `self_attn`,
-            `post_attention_layernorm` and `mlp` (Llama, Mistral, Qwen2, Qwen3). A PEFT-wrapped
-            model's `get_base_model()` serves as well.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.decoder = model.model
-        self.layers: nn.ModuleList = self.decoder.layers
-
-    def embed(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Embed `[B, S]` token ids; sequences are full, unpadded and start at position 0.
-
-        Returns:
-            hidden states `[B, S, d]`, and the arguments that every layer's attention takes.
-        """
-        hidden = self.decoder.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        mask = create_causal_mask(
-            config=self.model.config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=positions,
-        )
-        return hidden, {
-            "position_embeddings": self.decoder.rotary_emb(hidden, positions),
-            "attention_mask": mask,
-        }
+class ReferenceDecoder(Decoder):
+    """Runs a plan's units on the layers of a Hugging Face causal language model."""
 
     def run(
         self,
@@ -66,13 +33,9 @@ class ReferenceDecoder:
             hidden = (
                 self._group(unit, hidden, context, config)
                 if unit.is_group
-                else self._layer(unit.first, hidden, context)
+                else self.run_layers(unit.layers, hidden, context)
             )
         return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and language model head: `[B, S, d]` -> `[B, S, V]`."""
-        return self.model.lm_head(self.decoder.norm(hidden))
 
     def __call__(
         self,
@@ -83,20 +46,6 @@ class ReferenceDecoder:
         """Logits `[B, S, V]` of `[B, S]` token ids under the plan's units."""
         hidden, context = self.embed(input_ids)
         return self.logits(self.run(units, hidden, context, config))
-
-    def attention_delta(self, index: int, x: Tensor, context: dict[str, Any]) -> Tensor:
-        """`A_j(x) = Attn_j(Norm1_j(x))`, shape of `x`."""
-        layer = self.layers[index]
-        return layer.self_attn(hidden_states=layer.input_layernorm(x), **context)[0]
-
-    def mlp_delta(self, index: int, u: Tensor) -> Tensor:
-        """`M_j(u) = MLP_j(Norm2_j(u))`, shape of `u`."""
-        layer = self.layers[index]
-        return layer.mlp(layer.post_attention_layernorm(u))
-
-    def _layer(self, index: int, x: Tensor, context: dict[str, Any]) -> Tensor:
-        u = x + self.attention_delta(index, x, context)
-        return u + self.mlp_delta(index, u)
 
     def _group(
         self, unit: Unit, x: Tensor, context: dict[str, Any], config: LayerParallelConfig | None

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vllm_effplugin.plan import Unit
+from vllm_effplugin.preparation.precision import Precision, autocast
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
-from vllm_effplugin.techniques.layer_parallel.precision import Precision, autocast
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder, group_states
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
 

@@ -17,12 +17,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vllm_effplugin.plan import Unit
+from vllm_effplugin.preparation.head import LOGITS_CHUNK
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import SearchResult, partition_units
-
-LOGITS_CHUNK = 128
-"""Tokens whose `[chunk, V]` logits exist at a time."""
 
 
 class Quality(BaseModel):

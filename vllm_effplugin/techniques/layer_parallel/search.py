@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.plan import Unit, build_plan
+from vllm_effplugin.preparation.head import LOGITS_CHUNK
 from vllm_effplugin.techniques.layer_parallel.config import GROUP_SIZES, LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 
@@ -43,9 +44,6 @@ number of threads differ in the last bits, and both modes must return the same p
 
 CACHE_BYTES = 1 << 29
 """Hidden states that one meter keeps to restart from."""
-
-LOGITS_CHUNK = 128
-"""Tokens whose `[chunk, V]` logits exist at a time."""
 
 
 class SearchSettings(BaseModel):

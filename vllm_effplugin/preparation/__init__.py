@@ -1,0 +1,1 @@
+"""What all `effplugin prepare` commands share: text, base models, unfinished work, precision."""

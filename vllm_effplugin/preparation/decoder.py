@@ -1,0 +1,73 @@
+"""A Hugging Face decoder, taken apart: embedding, layers, head.
+
+It uses nothing of a layer but its two norms, its attention and its MLP, so it fits every family of
+the package.
+
+Shapes: `B` sequences, `S` positions, `d` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+
+class Decoder:
+    """Runs the layers of a Hugging Face causal language model.
+
+    Args:
+        model: a `*ForCausalLM` whose decoder layers have `input_layernorm`, `self_attn`,
+            `post_attention_layernorm` and `mlp` (Llama, Mistral, Qwen2, Qwen3). A PEFT-wrapped
+            model's `get_base_model()` serves as well.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.decoder = model.model
+        self.layers: nn.ModuleList = self.decoder.layers
+
+    def embed(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Embed `[B, S]` token ids; sequences are full, unpadded and start at position 0.
+
+        Returns:
+            hidden states `[B, S, d]`, and the arguments that every layer's attention takes.
+        """
+        hidden = self.decoder.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        mask = create_causal_mask(
+            config=self.model.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=positions,
+        )
+        return hidden, {
+            "position_embeddings": self.decoder.rotary_emb(hidden, positions),
+            "attention_mask": mask,
+        }
+
+    def run_layers(self, indices: Iterable[int], hidden: Tensor, context: dict[str, Any]) -> Tensor:
+        """Run layers one after another on `[B, S, d]` hidden states."""
+        for index in indices:
+            hidden = hidden + self.attention_delta(index, hidden, context)
+            hidden = hidden + self.mlp_delta(index, hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and language model head: `[B, S, d]` -> `[B, S, V]`."""
+        return self.model.lm_head(self.decoder.norm(hidden))
+
+    def attention_delta(self, index: int, x: Tensor, context: dict[str, Any]) -> Tensor:
+        """`A_j(x) = Attn_j(Norm1_j(x))`, shape of `x`."""
+        layer = self.layers[index]
+        return layer.self_attn(hidden_states=layer.input_layernorm(x), **context)[0]
+
+    def mlp_delta(self, index: int, u: Tensor) -> Tensor:
+        """`M_j(u) = MLP_j(Norm2_j(u))`, shape of `u`."""
+        layer = self.layers[index]
+        return layer.mlp(layer.post_attention_layernorm(u))

@@ -1,0 +1,177 @@
+"""What exits will save on this machine, before anyone is served by them.
+
+The machine's costs are measured by a real engine; which tokens leave is known from text; the rest
+is played through on the host by the engine's own rules (`passage.py`).
+
+Shapes: `M` sequences, `S` positions, `E` exits.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
+from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
+from vllm_effplugin.techniques.early_exit.ledger import Ledger
+from vllm_effplugin.techniques.early_exit.passage import Passage
+
+DECODE_STEPS = 16
+"""Decode steps that the time of a whole step is the median of."""
+
+STEPS = 512
+"""Steps to play through."""
+
+
+class Machine(BaseModel):
+    """Seconds that a model's parts take, as its engine measured them.
+
+    Attributes:
+        sizes: numbers of tokens.
+        whole: the stack as one graph, for each size.
+        segments: for each segment, its seconds for each size.
+        overhead: to cut a batch.
+        fill: per exit, for a row that leaves; None under `recompute`.
+        steps: a whole decode step without exits, head and scheduling included, per batch size.
+        block_size: positions of a block of the KV cache.
+    """
+
+    sizes: list[int]
+    whole: list[float]
+    segments: list[list[float]]
+    overhead: float
+    fill: list[float] | None
+    steps: dict[int, float]
+    block_size: int
+    num_layers: int
+
+    def costs(self, kept: Sequence[int]) -> Costs:
+        """The cost table of a stack that has only some of the exits, given by index."""
+        columns: list[Column] = []
+        start = 0
+        for end in [*(index + 1 for index in kept), len(self.segments)]:
+            merged = np.sum(self.segments[start:end], axis=0)
+            columns.append(Column(self.sizes, merged.tolist()))
+            start = end
+        fill = None if self.fill is None else [self.fill[index] for index in kept]
+        return Costs(Column(self.sizes, self.whole), columns, self.overhead, fill)
+
+
+class Forecast(BaseModel):
+    """What is expected at one batch size.
+
+    Attributes:
+        batch: requests that decode at a time.
+        speed: tokens per second, relative to the model without exits.
+        layer_tokens: layers run times tokens, relative to it.
+    """
+
+    batch: int
+    speed: float
+    layer_tokens: float
+
+
+def forecast(
+    machine: Machine, config: EarlyExitConfig, kept: Sequence[int], fires: np.ndarray, batch: int
+) -> Forecast:
+    """Play decoding through.
+
+    Args:
+        machine: measured with all exits that were considered.
+        config: the exits that are kept, and the cache policy.
+        kept: their indices among all.
+        fires: `[M, S]`: the exit, among those kept, at which each token leaves; -1 for none.
+        batch: requests that decode at a time; one that ends is followed by the next sequence.
+    """
+    exits = config.exits
+    costs = machine.costs(kept)
+    layers = np.diff([0, *(point.depth for point in exits), machine.num_layers])
+    preference = Preference(costs)
+    ledger = Ledger(batch, len(exits), config.max_pending, machine.block_size)
+    owes = config.cache == "recompute"
+    slots = np.arange(batch)
+    sequences = slots % len(fires)
+    # Spread over the positions, as requests of a running server are.
+    positions = (slots * fires.shape[1] // batch).astype(np.int64)
+    for slot in range(batch):
+        ledger.open(slot)
+    seconds, ran = 0.0, np.zeros(len(exits) + 1)
+    for _ in range(STEPS):
+        passage = Passage(ledger, costs, owes, slots, positions, np.ones(batch, dtype=np.int64))
+        chosen = fires[sequences, positions]
+        if passage.waits or preference.segments:
+            taken, tokens = _in_segments(passage, costs, chosen)
+            seconds += taken
+            ran += tokens
+        else:
+            passage.fired[:] = chosen
+            passage.finish()
+            seconds += costs.whole.at(batch)
+            ran += batch
+        preference.learn(batch, passage.leavable(len(exits)))
+        positions = positions + 1
+        for slot in np.flatnonzero(positions == fires.shape[1]).tolist():
+            sequences[slot] = (sequences[slot] + batch) % len(fires)
+            positions[slot] = 0
+            ledger.open(slot)
+    stack = seconds / STEPS
+    step = machine.steps[batch]
+    return Forecast(
+        batch=batch,
+        speed=step / (step - costs.whole.at(batch) + stack),
+        layer_tokens=float(ran @ layers) / (STEPS * batch * machine.num_layers),
+    )
+
+
+def _in_segments(passage: Passage, costs: Costs, chosen: np.ndarray) -> tuple[float, np.ndarray]:
+    """Seconds of a step that runs in segments, and the tokens that each segment runs on."""
+    exits = len(costs.segments) - 1
+    tokens = np.zeros(exits + 1)
+    seconds = 0.0
+    for exit in range(exits):
+        batch = passage.batch
+        tokens[exit] = batch.tokens
+        seconds += costs.segments[exit].at(batch.tokens)
+        passage.fired[chosen == exit] = exit
+        departure = passage.depart(exit)
+        if departure.batch is None:
+            return seconds, tokens
+        if departure.batch is not batch:
+            seconds += costs.overhead
+        if costs.fill is not None:
+            seconds += costs.fill[exit] * int(departure.leaves.sum())
+    passage.finish()
+    tokens[-1] = passage.batch.tokens
+    return seconds + costs.segments[-1].at(passage.batch.tokens), tokens
+
+
+def measure_machine(checkpoint: str, batches: Sequence[int]) -> dict[str, Any]:
+    """A `Machine` as JSON, for a checkpoint with exits; runs in the engine's process."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(checkpoint, max_model_len=512, max_num_seqs=max(batches), disable_log_stats=True)
+    [measured] = llm.collective_rpc("exit_costs")
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=DECODE_STEPS + 2,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"exit": False},
+    )
+    engine = llm.llm_engine
+    measured["steps"] = {}
+    for batch in batches:
+        for row in range(batch):
+            engine.add_request(f"{batch}-{row}", {"prompt_token_ids": [row + 1] * 8}, sampling)
+        times = []
+        while engine.has_unfinished_requests():
+            start = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - start)
+        measured["steps"][batch] = statistics.median(times[-DECODE_STEPS:])
+    return measured

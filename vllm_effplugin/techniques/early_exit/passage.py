@@ -1,0 +1,148 @@
+"""One step's way through the exits, on the host: who fires, who leaves, what joins.
+
+Nothing here touches a tensor, so that a preparation can play a step through (`simulation.py`) by
+the very rules that the engine follows (`step.py`).
+
+A row is one request of the step; its tokens end at its last position. Arrays have one entry per
+row of the step, or of the rows that still run (`batch`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from vllm_effplugin.techniques.early_exit.costs import Costs
+from vllm_effplugin.techniques.early_exit.ledger import Ledger
+
+Ints = np.ndarray
+Mask = np.ndarray
+
+STAYS = -1
+"""Exit of a row whose gates have not fired."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows that still run.
+
+    Attributes:
+        rows: their indices among the step's rows, increasing.
+        firsts: first position of each that runs; it lies before the step's own where waiting
+            tokens were taken along.
+        lasts: last position of each.
+        lengths: tokens of each.
+        ends: index behind each row's last token.
+    """
+
+    rows: Ints
+    firsts: Ints
+    lasts: Ints
+
+    lengths: Ints = field(init=False)
+    ends: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", self.lasts - self.firsts + 1)
+        object.__setattr__(self, "ends", np.cumsum(self.lengths))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that run."""
+        return int(self.ends[-1])
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What happens to a batch behind an exit.
+
+    Attributes:
+        leaves: rows of the batch that leave.
+        joining: waiting tokens that each row of the batch that stays takes along.
+        batch: what runs on: None if nothing does, the same object if nothing changes.
+    """
+
+    leaves: Mask
+    joining: Ints
+    batch: Batch | None
+
+
+class Passage:
+    """One step.
+
+    Args:
+        ledger: what the requests owe.
+        costs: decides whether leaving pays; None lets rows leave wherever they may.
+        owes: whether skipped layers run later (`recompute`).
+        slots, starts, lengths: of the step's rows.
+        watched: rows that run all layers in any case, to be compared with what their exit said.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        costs: Costs | None,
+        owes: bool,
+        slots: Ints,
+        starts: Ints,
+        lengths: Ints,
+        watched: Mask | None = None,
+    ) -> None:
+        self._ledger, self._costs, self._owes = ledger, costs, owes
+        self.slots = slots
+        self.batch = Batch(np.arange(len(slots)), starts, starts + lengths - 1)
+        self._scheduled = self.batch
+        self.tokens = self.batch.tokens
+        self.fired = np.full(len(slots), STAYS)
+        self._watched = watched
+        self.waits = owes and bool(ledger.has_pending(slots).any())
+
+    @cached_property
+    def must_finish(self) -> Mask:
+        """Rows that have to run all layers, whatever their gates say."""
+        must = np.zeros(len(self.slots), dtype=bool)
+        if self._owes:
+            must = self._ledger.must_finish(self.slots, self._scheduled.lasts)
+        return must if self._watched is None else must | self._watched
+
+    def leavable(self, exits: int) -> list[int]:
+        """Per exit, the rows that fired there and need not run on."""
+        if (self.fired == STAYS).all():
+            return [0] * exits
+        fired = self.fired[~self.must_finish]
+        return [int((fired == exit).sum()) for exit in range(exits)]
+
+    def depart(self, exit: int) -> Departure:
+        """Let rows leave behind an exit, if that pays, and waiting tokens join those that stay."""
+        batch = self.batch
+        slots = self.slots[batch.rows]
+        joining = np.zeros_like(batch.firsts)
+        if self.waits:
+            joining = self._ledger.joining(slots, exit, batch.firsts)
+        leaves = (self.fired[batch.rows] != STAYS) & ~self.must_finish[batch.rows]
+        if leaves.any() and not self._pays(exit, leaves, joining):
+            leaves = np.zeros_like(leaves)
+        if self._owes:
+            self._ledger.leave(slots[leaves], exit, batch.firsts[leaves], batch.lasts[leaves])
+        if leaves.all():
+            return Departure(leaves, joining, None)
+        if leaves.any() or joining.any():
+            stays = ~leaves
+            self.batch = Batch(
+                batch.rows[stays], (batch.firsts - joining)[stays], batch.lasts[stays]
+            )
+        return Departure(leaves, joining, self.batch)
+
+    def _pays(self, exit: int, leaves: Mask, joining: Ints) -> bool:
+        if self._costs is None:
+            return True
+        lengths = self.batch.lengths + joining
+        total, staying = int(lengths.sum()), int(lengths[~leaves].sum())
+        return self._costs.gain(exit, total, staying, int(leaves.sum())) > 0
+
+    def finish(self) -> None:
+        """The rows of the batch ran all layers."""
+        if self.waits:
+            self._ledger.settle(self.slots[self.batch.rows])

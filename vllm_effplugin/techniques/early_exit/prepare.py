@@ -1,0 +1,457 @@
+"""`effplugin prepare early-exit`: text, features, exits, thresholds, forecast, checkpoint.
+
+The text is split in three: exits are trained on the first part, the path of thresholds is learnt
+and the exits worth keeping are chosen on the second, and what is promised is tested on the third.
+
+Every stage leaves its result in a work directory, so that the same command continues where an
+interrupted one stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from torch import Tensor
+
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.config.checkpoint import read_model_config, require_output, write_checkpoint
+from vllm_effplugin.config.provenance import collect_provenance
+from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.offline import run_with_engine
+from vllm_effplugin.preparation.base import check_base, find_text, fingerprint, load_model
+from vllm_effplugin.preparation.text import Calibration, TextShape
+from vllm_effplugin.preparation.workdir import WorkDirectory
+from vllm_effplugin.techniques.early_exit.config import NEVER, EarlyExitConfig, ExitPoint
+from vllm_effplugin.techniques.early_exit.exits import Exit
+from vllm_effplugin.techniques.early_exit.features import Features, capture
+from vllm_effplugin.techniques.early_exit.forecast import (
+    Forecast,
+    Machine,
+    forecast,
+    measure_machine,
+)
+from vllm_effplugin.techniques.early_exit.report import (
+    ExitReport,
+    Point,
+    exits_table,
+    forecast_table,
+    frontier_png,
+)
+from vllm_effplugin.techniques.early_exit.thresholds import (
+    PRICES,
+    Promise,
+    Sample,
+    certify,
+)
+from vllm_effplugin.techniques.early_exit.thresholds import (
+    Path as PricePath,
+)
+from vllm_effplugin.techniques.early_exit.training import Trainer, TrainSettings, confidence
+
+logger = logging.getLogger(__name__)
+
+CHOOSING_SHARE = 0.2
+"""Of the training text, on which thresholds and exits are chosen instead."""
+
+WORTH_IT = 1.01
+"""Forecast speed from which exits are written."""
+
+FRONTIER_POINTS = 16
+MOST_EXITS = 6
+"""All subsets of the exits are tried."""
+
+
+class PrepareRequest(BaseModel):
+    """Everything that decides what comes out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    exits: tuple[int, ...] | None = Field(
+        None, description="Depths; three over the later half of the layers by default."
+    )
+    gate: Literal["linear", "mlp", "softmax"] = "linear"
+    gate_width: int = Field(64, ge=1)
+    adapter: Literal["none", "linear"] = "linear"
+    cache: Literal["recompute", "propagate", "copy"] = "recompute"
+    max_pending: int = Field(16, ge=1)
+    min_agreement: float = Field(0.95, gt=0, lt=1)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    batches: tuple[int, ...] = Field((1, 8, 32), min_length=1)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    text: Path | None = Field(None, description="A file; else the model writes the text.")
+    text_tokens: int = Field(65536, ge=1, description="Most tokens to train and choose on.")
+    held_out_tokens: int = Field(32768, ge=1, description="Tokens to test the promise on.")
+    sequence_length: int = Field(256, ge=2)
+    seed: int = 0
+
+    def text_shape(self) -> TextShape:
+        """How much text the stages need."""
+        train = max(5, -(-self.text_tokens // self.sequence_length))
+        return TextShape(
+            sequence_length=self.sequence_length,
+            train=train,
+            held_out=max(2, -(-self.held_out_tokens // self.sequence_length)),
+            at_least=min(train, 5),
+        )
+
+    def config(self, depths: Sequence[int], thresholds: Sequence[float]) -> EarlyExitConfig:
+        """The `early_exit` section with exits at some depths."""
+        return EarlyExitConfig(
+            exits=tuple(
+                ExitPoint(depth=depth, gate=self.gate, threshold=threshold, adapter=self.adapter)
+                for depth, threshold in zip(depths, thresholds, strict=True)
+            ),
+            cache=self.cache,
+            max_pending=self.max_pending,
+            gate_width=self.gate_width,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `prepare` found.
+
+    Attributes:
+        config: what was written; without exits where none pays.
+        promise: None where not even the most careful thresholds keep the agreement.
+        forecasts: one per batch size, for the thresholds promised.
+    """
+
+    config: EarlyExitConfig
+    promise: Promise | None
+    forecasts: list[Forecast]
+
+
+def prepare(
+    model: Path,
+    out: Path,
+    request: PrepareRequest,
+    *,
+    work_dir: Path | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Make a checkpoint with exits.
+
+    Args:
+        model: the base model's checkpoint directory.
+        out: directory to write.
+        request: what to make.
+        work_dir: for unfinished work; beside `out` by default, removed on success.
+        overwrite: replace a non-empty `out`.
+        console: where the tables go.
+
+    Raises:
+        ConfigError: settings or text that cannot work, or an unknown architecture.
+        CheckpointError: no model at `model`, or an `out` or work directory that cannot be used.
+        UnsupportedError: a model that the reference or vLLM cannot run.
+    """
+    console = console or Console()
+    require_output(out, overwrite=overwrite)
+    num_layers = check_base(model, request.sequence_length)
+    depths = _depths(request, num_layers)
+    out = out.absolute()
+    work = WorkDirectory(
+        work_dir or out.with_name(f".{out.name}.work"),
+        fingerprint(model, request.text, request.model_dump(mode="json")),
+    )
+    kept = work.tensors("text")
+    if kept is None:
+        text = find_text(model, request.text, request.text_shape(), request.seed)
+        work.save_tensors("text", vars(text))
+    else:
+        text = Calibration(**kept)
+
+    everything = request.config(depths, [0.5] * len(depths))
+    exits = [Exit(p, everything, _hidden_size(model)) for p in everything.exits]
+    choosing, held_out, losses = _train(model, exits, depths, text, request, work)
+    tensors = _stored(exits, read_model_config(model))
+
+    machine = work.result("machine", Machine)
+    if machine is None:
+        logger.warning("measuring what the parts of the model cost on this machine")
+        candidate = work.folder / "candidate"
+        efficiency = EfficiencyConfig(early_exit=everything)
+        write_checkpoint(
+            model, candidate, efficiency, tensors=tensors, provenance={}, overwrite=True
+        )
+        machine = Machine.model_validate(
+            run_with_engine(measure_machine, str(candidate), request.batches)
+        )
+        work.save_result("machine", machine)
+
+    savings = [1 - depth / num_layers for depth in depths]
+    chosen = _choose(choosing, savings, machine, depths, request)
+    path = PricePath(choosing.only(chosen), [savings[i] for i in chosen])
+    promise = certify(path, held_out.only(chosen), request.min_agreement, request.confidence)
+    config, forecasts = _decide(promise, chosen, held_out, machine, depths, request)
+    frontier = list(_frontier(path, chosen, held_out, machine, depths, request))
+
+    reports = _reports(everything, chosen, promise, held_out)
+    console.print(exits_table(reports))
+    if promise is not None:
+        console.print(forecast_table(promise, forecasts, request.confidence))
+    if not config.exits:
+        console.print(
+            "[bold]No gain:[/bold] "
+            + (
+                "no exit keeps the agreement"
+                if promise is None
+                else "no batch size is expected to be faster"
+            )
+            + f" (--min-agreement {request.min_agreement}). The checkpoint is written without "
+            "exits."
+        )
+    write_checkpoint(
+        model,
+        out,
+        EfficiencyConfig(early_exit=config),
+        tensors=_renumbered(tensors, chosen) if config.exits else None,
+        provenance={
+            **collect_provenance(),
+            "technique": "early_exit",
+            "arguments": {"model": str(model), **request.model_dump(mode="json")},
+            "seed": request.seed,
+            "exits": [report.model_dump() for report in reports],
+            "promise": None if promise is None else vars(promise),
+            "forecasts": [item.model_dump() for item in forecasts],
+            "frontier": [item.model_dump() for item in frontier],
+            "machine": machine.model_dump(),
+            "training": losses,
+        },
+        files={"frontier.png": frontier_png(frontier, promise, forecasts)},
+        overwrite=overwrite,
+    )
+    work.remove()
+    return Outcome(config, promise, forecasts)
+
+
+def _depths(request: PrepareRequest, num_layers: int) -> tuple[int, ...]:
+    depths = request.exits
+    if depths is None:
+        depths = tuple(sorted({num_layers * part // 12 for part in (7, 9, 10)} - {0}))
+    if len(depths) > MOST_EXITS:
+        raise ConfigError(f"--exits: at most {MOST_EXITS} exits, got {len(depths)}")
+    request.config(depths, [NEVER] * len(depths)).check_depths(num_layers)
+    return depths
+
+
+def _hidden_size(model: Path) -> int:
+    return int(read_model_config(model)["hidden_size"])
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+def _train(
+    model: Path,
+    exits: list[Exit],
+    depths: Sequence[int],
+    text: Calibration,
+    request: PrepareRequest,
+    work: WorkDirectory,
+) -> tuple[Sample, Sample, dict[str, Any]]:
+    """Train the exits, or take them from the work directory.
+
+    Returns:
+        what they say of the text to choose on and of the held-out text, and the losses.
+    """
+    modules = torch.nn.ModuleList(exits)
+    trained, judged = work.tensors("exits"), work.tensors("samples")
+    losses: dict[str, Any] = {}
+    if trained is None or judged is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if request.train.precision == "bf16" else torch.float32
+        loaded = load_model(model, dtype).to(device)
+        held = _captured(loaded, text.held_out, depths, "features-held-out", request, work)
+        whole = _captured(loaded, text.train, depths, "features-train", request, work)
+        part = max(1, int(len(text.train) * CHOOSING_SHARE))
+        train, choose = whole[part:], whole[:part]
+        trainer = Trainer(loaded, request.train)
+        hidden, final = train.exits.flatten(1, 2), train.final.flatten(0, 1)
+        for index, exit in enumerate(exits):
+            if exit.adapter is not None:
+                curve = trainer.fit_adapter(exit.adapter, hidden[index], final)
+                losses[f"adapter {depths[index]}"] = _thinned(curve)
+        stored_dtype = _base_dtype(read_model_config(model))
+        for exit in exits:  # judged as they will be stored
+            if exit.adapter is not None:
+                exit.adapter.to(stored_dtype).float()
+        losses["gates"] = _thinned(
+            trainer.fit_gates(exits, hidden, trainer.verdicts(exits, hidden, final))
+        )
+        judged = {}
+        for name, features in (("choosing", choose), ("held_out", held)):
+            for key, value in _judge(trainer, exits, features).items():
+                judged[f"{name}.{key}"] = value
+        work.save_tensors("exits", modules.state_dict())
+        work.save_tensors("samples", judged)
+    else:
+        modules.load_state_dict(trained)
+    samples = [
+        Sample(judged[f"{name}.confidence"].numpy(), judged[f"{name}.agrees"].numpy())
+        for name in ("choosing", "held_out")
+    ]
+    return samples[0], samples[1], losses
+
+
+def _captured(
+    model: Any,
+    tokens: Tensor,
+    depths: Sequence[int],
+    stage: str,
+    request: PrepareRequest,
+    work: WorkDirectory,
+) -> Features:
+    kept = work.tensors(stage)
+    if kept is None:
+        features = capture(model, tokens, depths, request.train.precision)
+        work.save_tensors(stage, vars(features))
+        return features
+    return Features(**kept)
+
+
+def _judge(trainer: Trainer, exits: Sequence[Exit], features: Features) -> dict[str, Tensor]:
+    """Confidence and agreement `[E, M, S]` of the exits on some text."""
+    shape = features.exits.shape[:-1]
+    hidden = features.exits.flatten(1, 2)
+    verdicts = trainer.verdicts(exits, hidden, features.final.flatten(0, 1))
+    scores = [
+        confidence(exit, states, verdict)
+        for exit, states, verdict in zip(exits, hidden, verdicts, strict=True)
+    ]
+    agrees = torch.stack([verdict.agrees for verdict in verdicts])
+    return {"confidence": torch.stack(scores).view(shape), "agrees": agrees.view(shape)}
+
+
+def _thinned(losses: Sequence[float], points: int = 50) -> list[float]:
+    return [round(loss, 5) for loss in losses[:: max(1, len(losses) // points)]]
+
+
+def _base_dtype(config: dict[str, Any]) -> torch.dtype:
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, str(name))
+
+
+def _stored(exits: Sequence[Exit], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors as in a checkpoint: gates in fp32, adapters in the base model's dtype."""
+    dtype = _base_dtype(config)
+    return {
+        f"model.exits.{index}.{name}": value.detach()
+        .to("cpu", dtype if name.startswith("adapter") else torch.float32)
+        .contiguous()
+        for index, exit in enumerate(exits)
+        for name, value in exit.state_dict().items()
+    }
+
+
+def _renumbered(tensors: dict[str, Tensor], chosen: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of the chosen exits, numbered from 0."""
+    return {
+        f"model.exits.{new}.{name.split('.', 3)[3]}": value
+        for new, old in enumerate(chosen)
+        for name, value in tensors.items()
+        if name.startswith(f"model.exits.{old}.")
+    }
+
+
+# --- Choosing ------------------------------------------------------------------------------------
+
+
+def _choose(
+    sample: Sample,
+    savings: Sequence[float],
+    machine: Machine,
+    depths: Sequence[int],
+    request: PrepareRequest,
+) -> list[int]:
+    """The exits, by index, that promise most speed, taken over all batch sizes."""
+    best, best_score = [len(depths) - 1], -math.inf
+    for count in range(1, len(depths) + 1):
+        for subset in itertools.combinations(range(len(depths)), count):
+            part = sample.only(subset)
+            path = PricePath(part, [savings[i] for i in subset])
+            thresholds = path.thresholds(path.last_price(1 - request.min_agreement))
+            fires = part.fires(thresholds)
+            config = request.config([depths[i] for i in subset], thresholds)
+            score = sum(
+                math.log(forecast(machine, config, subset, fires, batch).speed)
+                for batch in request.batches
+            )
+            if score > best_score:
+                best, best_score = list(subset), score
+    return best
+
+
+def _decide(
+    promise: Promise | None,
+    chosen: Sequence[int],
+    held_out: Sample,
+    machine: Machine,
+    depths: Sequence[int],
+    request: PrepareRequest,
+) -> tuple[EarlyExitConfig, list[Forecast]]:
+    """What to write, and the forecasts for the thresholds promised."""
+    none = request.config((), ())
+    if promise is None:
+        return none, []
+    config = request.config([depths[i] for i in chosen], promise.thresholds)
+    fires = held_out.only(chosen).fires(promise.thresholds)
+    forecasts = [forecast(machine, config, chosen, fires, batch) for batch in request.batches]
+    if max(item.speed for item in forecasts) < WORTH_IT:
+        return none, forecasts
+    return config, forecasts
+
+
+def _frontier(
+    path: PricePath,
+    chosen: Sequence[int],
+    held_out: Sample,
+    machine: Machine,
+    depths: Sequence[int],
+    request: PrepareRequest,
+) -> Iterator[Point]:
+    """Agreement and forecast speeds along the path, on held-out text."""
+    part = held_out.only(chosen)
+    for price in PRICES[:: max(1, len(PRICES) // FRONTIER_POINTS)].tolist():
+        thresholds = path.thresholds(price)
+        fires = part.fires(thresholds)
+        config = request.config([depths[i] for i in chosen], thresholds)
+        yield Point(
+            agreement=1 - float(part.wrong(fires).mean()),
+            forecasts=[forecast(machine, config, chosen, fires, b) for b in request.batches],
+        )
+
+
+def _reports(
+    config: EarlyExitConfig, chosen: Sequence[int], promise: Promise | None, held_out: Sample
+) -> list[ExitReport]:
+    """A line per exit that was trained."""
+    thresholds = dict.fromkeys(range(len(config.exits)), NEVER)
+    if promise is not None:
+        thresholds.update(zip(chosen, promise.thresholds, strict=True))
+    fires = held_out.fires([thresholds[i] for i in range(len(config.exits))])
+    reports = []
+    for index, point in enumerate(config.exits):
+        leaves = fires == index
+        right = held_out.agrees[index][leaves]
+        reports.append(
+            ExitReport(
+                depth=point.depth,
+                own_agreement=float(np.mean(held_out.agrees[index])),
+                threshold=thresholds[index],
+                leaves=float(np.mean(leaves)),
+                right=float(np.mean(right)) if leaves.any() else None,
+            )
+        )
+    return reports

@@ -1,0 +1,175 @@
+"""Thresholds that keep a promise: agreement with the full model, with a stated confidence.
+
+All gates together follow one number, a price: how likely a token may be wrong per share of the
+layers that it saves. At a price `p`, a token leaves at an exit that saves a share `s` of the layers
+when its estimated probability of being wrong is at most `p * s`; the estimate comes from text apart
+(isotonic regression of being right on the gate's confidence), and so does the first price worth
+trying. Prices are tried from there upwards on held-out text, each as a hypothesis "agreement is too
+low"; the last one that is rejected before the first that is not gives the thresholds. Such
+fixed-sequence testing keeps the confidence of a single test, however many prices there are (Learn
+then Test, arXiv 2110.01052, section 4.2).
+
+A test is the exact binomial bound of Clopper and Pearson. Tokens of a sequence are alike, so it
+counts as many tokens as the sequences' scatter says they are worth (Korn and Graubard 1998).
+
+Shapes: `M` sequences, `S` positions, `E` exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+from vllm_effplugin.techniques.early_exit.config import NEVER
+from vllm_effplugin.techniques.early_exit.passage import STAYS
+
+PRICES = np.geomspace(0.02, 20.0, 61)
+"""From almost nothing to any token that is not certainly wrong."""
+
+START = 0.25
+"""Share of the wrong tokens allowed from which prices are tried: below, nothing is at stake."""
+
+HIGHEST = 1 - 1e-6
+"""Of a threshold that tokens may reach; thresholds are stored in single precision."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What gates and exits said of some text.
+
+    Attributes:
+        confidence: `[E, M, S]`, the gates' confidence.
+        agrees: `[E, M, S]`, whether the exit's token is the full model's.
+    """
+
+    confidence: np.ndarray
+    agrees: np.ndarray
+
+    def only(self, exits: Sequence[int]) -> Sample:
+        """The sample of some of the exits."""
+        return Sample(self.confidence[list(exits)], self.agrees[list(exits)])
+
+    def fires(self, thresholds: Sequence[float]) -> np.ndarray:
+        """`[M, S]`: the first exit whose threshold is reached; -1 for none."""
+        fires = np.full(self.agrees.shape[1:], STAYS)
+        for exit in reversed(range(len(thresholds))):
+            if thresholds[exit] < NEVER:
+                fires[self.confidence[exit] >= thresholds[exit]] = exit
+        return fires
+
+    def wrong(self, fires: np.ndarray) -> np.ndarray:
+        """`[M, S]`: tokens that leave with another token than the full model's."""
+        wrong = np.zeros(fires.shape, dtype=bool)
+        for exit, agrees in enumerate(self.agrees):
+            wrong |= (fires == exit) & ~agrees
+        return wrong
+
+
+def disagreement_bound(wrong: np.ndarray, confidence: float) -> float:
+    """Upper confidence bound of the share of wrong tokens, from `[M, S]` sequences.
+
+    Args:
+        confidence: one-sided, such as 0.95.
+    """
+    sequences, count = len(wrong), wrong.size
+    share = float(wrong.mean())
+    effective = float(count)
+    if 0 < share < 1 and sequences > 1:
+        variance = float(np.var(wrong.mean(1), ddof=1)) / sequences
+        if variance > 0:
+            worth = share * (1 - share) / variance
+            # The variance itself is an estimate from few sequences.
+            ratio = stats.t.ppf(confidence, count - 1) / stats.t.ppf(confidence, sequences - 1)
+            effective = min(effective, worth * ratio**2)
+    elif sequences > 1:
+        effective = float(sequences)  # nothing is known of the scatter: the worst case
+    hits = share * effective
+    return float(stats.beta.ppf(confidence, hits + 1, effective - hits)) if share < 1 else 1.0
+
+
+class Path:
+    """Thresholds by price, learnt from text apart.
+
+    Args:
+        sample: of that text.
+        savings: `[E]`, the share of layers that an exit saves.
+    """
+
+    def __init__(self, sample: Sample, savings: Sequence[float]) -> None:
+        self._sample, self._savings = sample, savings
+        self._levels: list[tuple[np.ndarray, np.ndarray]] = []
+        for confidence, agrees in zip(sample.confidence, sample.agrees, strict=True):
+            order = np.argsort(confidence, axis=None, kind="stable")
+            levels = confidence.ravel()[order]
+            right = optimize.isotonic_regression(agrees.ravel()[order].astype(float)).x
+            self._levels.append((levels, np.asarray(right)))
+
+    def thresholds(self, price: float) -> list[float]:
+        """The confidence at which tokens leave, per exit."""
+        chosen = []
+        for (levels, right), saving in zip(self._levels, self._savings, strict=True):
+            first = int(np.searchsorted(right, max(0.0, 1 - price * saving)))
+            if first == len(levels):
+                chosen.append(NEVER)
+            else:
+                chosen.append(min(max(float(levels[first]), 0.0), HIGHEST))
+        return chosen
+
+    def first_price(self, disagreement: float) -> float:
+        """The first at which as many tokens are wrong; the last if none is so bad."""
+        for price in PRICES.tolist():
+            fires = self._sample.fires(self.thresholds(price))
+            if self._sample.wrong(fires).mean() >= disagreement:
+                return price
+        return float(PRICES[-1])
+
+    def last_price(self, disagreement: float) -> float:
+        """The last before more tokens than that are wrong; the first if that is too many."""
+        best = float(PRICES[0])
+        for price in PRICES.tolist():
+            fires = self._sample.fires(self.thresholds(price))
+            if self._sample.wrong(fires).mean() > disagreement:
+                break
+            best = price
+        return best
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Thresholds, and what they were found to keep on held-out text.
+
+    Attributes:
+        price: their place on the path.
+        thresholds: one per exit.
+        agreement: share of held-out tokens that are the full model's.
+        at_least: lower confidence bound of the agreement.
+    """
+
+    price: float
+    thresholds: list[float]
+    agreement: float
+    at_least: float
+
+
+def certify(
+    path: Path, held_out: Sample, min_agreement: float, confidence: float
+) -> Promise | None:
+    """The farthest point of the path that keeps the agreement; None if the first does not.
+
+    Args:
+        min_agreement: share of tokens that have to be the full model's.
+        confidence: with which they are, on text like the held-out one.
+    """
+    kept: Promise | None = None
+    first = path.first_price(START * (1 - min_agreement))
+    for price in PRICES[first <= PRICES].tolist():
+        thresholds = path.thresholds(price)
+        wrong = held_out.wrong(held_out.fires(thresholds))
+        at_least = 1 - disagreement_bound(wrong, confidence)
+        if at_least < min_agreement:
+            break
+        kept = Promise(price, thresholds, 1 - float(wrong.mean()), at_least)
+    return kept

@@ -1,0 +1,239 @@
+"""Training exits on captured features: adapters by distillation, gates on what the exit would say.
+
+DYNAMAX (arXiv 2504.20922): the model is the oracle. The target of a gate is 1 where the exit's most
+likely token is among the oracle's top k; losses weigh linearly more from exit to exit.
+
+Shapes: `N` tokens, `d` hidden size, `V` vocabulary, `E` exits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vllm_effplugin.preparation.head import HeadDivergence
+from vllm_effplugin.preparation.precision import Precision
+from vllm_effplugin.techniques.early_exit.exits import Exit, LinearAdapter
+
+RIDGE = 1e-3
+"""Relative to the mean of the Gram matrix's diagonal."""
+
+HEAD_CHUNK = 512
+"""Tokens whose `[chunk, V]` logits exist at a time."""
+
+
+class TrainSettings(BaseModel):
+    """How to train exits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    adapter_tokens: int = Field(32768, ge=0, description="Of distillation, per exit.")
+    adapter_rate: float = Field(3e-4, gt=0, description="Learning rate of adapters.")
+    gate_epochs: int = Field(20, ge=1, description="Passes over the text that gates take.")
+    gate_rate: float = Field(1e-3, gt=0, description="Learning rate of gates.")
+    top_k: int = Field(1, ge=1, description="Of the oracle's tokens that count as right.")
+    batch: int = Field(512, ge=1, description="Tokens per step of adapters and gates.")
+    precision: Precision = "fp32"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What the head makes of an exit's states, `[N]` each.
+
+    Attributes:
+        agrees: whether the exit's most likely token is the oracle's.
+        target: whether it is among the oracle's top k.
+        probability: of the exit's most likely token.
+    """
+
+    agrees: Tensor
+    target: Tensor
+    probability: Tensor
+
+
+class Trainer:
+    """Trains the exits of one model.
+
+    Args:
+        model: the Hugging Face model whose final norm and head the exits share.
+        settings: how to train.
+    """
+
+    def __init__(self, model: Any, settings: TrainSettings) -> None:
+        self._norm = model.model.norm
+        self._head: Tensor = model.lm_head.weight
+        self._settings = settings
+        self._device = self._head.device
+
+    # --- Adapters --------------------------------------------------------------------------------
+
+    def fit_adapter(self, adapter: LinearAdapter, hidden: Tensor, final: Tensor) -> list[float]:
+        """Fit an adapter: least squares on the final state, then KL(oracle || exit).
+
+        Args:
+            adapter: changed in place.
+            hidden, final: `[N, d]` states at the exit and behind the last layer.
+
+        Returns:
+            the KL of each step, in nats per token.
+        """
+        adapter.float().to(self._device)
+        with torch.no_grad():
+            adapter.correction.weight.copy_(ridge(hidden, final))
+        settings = self._settings
+        steps = settings.adapter_tokens // settings.batch
+        optimizer = torch.optim.AdamW(
+            adapter.parameters(), lr=settings.adapter_rate, weight_decay=0.0
+        )
+        losses = []
+        batches = self._batches(len(hidden), steps)
+        for step, rows in enumerate(tqdm(batches, total=steps, desc="adapter", leave=False)):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.adapter_rate * _cosine(step, steps)
+            states = hidden[rows].to(self._device).float()
+            oracle = self._norm(final[rows].to(self._device).float())
+            ours = self._norm(adapter(states))
+            loss = HeadDivergence.apply(ours, oracle, self._head)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+        return losses
+
+    # --- Verdicts --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def verdicts(self, exits: Sequence[Exit], hidden: Tensor, final: Tensor) -> list[Verdicts]:
+        """What each exit would say, against the oracle.
+
+        Args:
+            hidden: `[E, N, d]` states at the exits.
+            final: `[N, d]` states behind the last layer.
+        """
+        count = len(final)
+        agrees = torch.empty(len(exits), count, dtype=torch.bool)
+        target = torch.empty(len(exits), count, dtype=torch.bool)
+        probability = torch.empty(len(exits), count)
+        with tqdm(total=count, desc="verdicts", unit="tok", unit_scale=True, leave=False) as bar:
+            for start in range(0, count, HEAD_CHUNK):
+                part = slice(start, start + HEAD_CHUNK)
+                best = self._logits(final[part]).topk(self._settings.top_k).indices
+                for index, exit in enumerate(exits):
+                    logits = self._logits(hidden[index, part], exit)
+                    top, token = logits.max(-1)
+                    probability[index, part] = (top - logits.logsumexp(-1)).exp().cpu()
+                    agrees[index, part] = (token == best[:, 0]).cpu()
+                    target[index, part] = (token[:, None] == best).any(-1).cpu()
+                bar.update(len(best))
+        return [Verdicts(*parts) for parts in zip(agrees, target, probability, strict=True)]
+
+    def _logits(self, states: Tensor, exit: Exit | None = None) -> Tensor:
+        """`[N, V]` in fp32 from `[N, d]` states."""
+        states = states.to(self._device).float()
+        normed = self._norm(states if exit is None else exit.adapt(states))
+        return (normed.to(self._head.dtype) @ self._head.T).float()
+
+    # --- Gates -----------------------------------------------------------------------------------
+
+    def fit_gates(
+        self, exits: Sequence[Exit], hidden: Tensor, verdicts: Sequence[Verdicts]
+    ) -> list[float]:
+        """Train all gates together; the loss of exit `i` weighs `i + 1`.
+
+        Args:
+            exits: those without a trained gate are left out; changed in place.
+            hidden: `[E, N, d]`.
+            verdicts: of each exit on the same tokens.
+
+        Returns:
+            the mean loss of each epoch.
+        """
+        trained = [(i, exit) for i, exit in enumerate(exits) if exit.gate is not None]
+        if not trained:
+            return []
+        for i, exit in trained:
+            assert exit.gate is not None
+            exit.gate.to(self._device)
+            share = verdicts[i].target.float().mean().clamp(1e-3, 1 - 1e-3)
+            last = exit.gate.layers[-1]
+            with torch.no_grad():  # start from the share of tokens that might leave
+                last.bias.fill_(float(torch.logit(share)))
+        parameters = [p for _, exit in trained for p in exit.gate.parameters()]  # type: ignore[union-attr]
+        settings = self._settings
+        optimizer = torch.optim.AdamW(parameters, lr=settings.gate_rate, weight_decay=1e-2)
+        count = hidden.shape[1]
+        steps = settings.gate_epochs * max(1, count // settings.batch)
+        weights = torch.tensor([i + 1.0 for i, _ in trained])
+        weights /= weights.sum()
+        losses: list[float] = []
+        for step, rows in enumerate(
+            tqdm(self._batches(count, steps), total=steps, desc="gates", leave=False)
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.gate_rate * _cosine(step, steps)
+            loss = torch.zeros((), device=self._device)
+            for (i, exit), weight in zip(trained, weights.tolist(), strict=True):
+                assert exit.gate is not None
+                logits = exit.gate(hidden[i][rows].to(self._device))
+                target = verdicts[i].target[rows].to(self._device).float()
+                loss = loss + weight * nn.functional.binary_cross_entropy_with_logits(
+                    logits, target
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+        per_epoch = max(1, len(losses) // settings.gate_epochs)
+        return [
+            sum(losses[i : i + per_epoch]) / len(losses[i : i + per_epoch])
+            for i in range(0, len(losses), per_epoch)
+        ]
+
+    def _batches(self, count: int, steps: int) -> Iterator[Tensor]:
+        """Row indices of each step; shuffled anew in every pass."""
+        size = min(self._settings.batch, count)
+        per_pass = count // size
+        for step in range(steps):
+            turn, place = divmod(step, per_pass)
+            if place == 0:
+                generator = torch.Generator().manual_seed(self._settings.seed + turn)
+                order = torch.randperm(count, generator=generator)
+            yield order[place * size : (place + 1) * size]
+
+
+@torch.inference_mode()
+def confidence(exit: Exit, hidden: Tensor, verdict: Verdicts) -> Tensor:
+    """`[N]`: what an exit's gate says, in the unit of its threshold, a share of 1."""
+    if exit.gate is None:
+        return verdict.probability
+    parts = [exit.gate(part.to(exit.gate.layers[0].weight.device)) for part in hidden.split(8192)]
+    return torch.cat(parts).sigmoid().cpu()
+
+
+@torch.no_grad()
+def ridge(hidden: Tensor, final: Tensor) -> Tensor:
+    """`W` with `h + W h` near the final state, `[d, d]`; tokens weigh by the final norm's view.
+
+    The final norm divides a state by its root mean square, so that is what errors are relative to.
+    """
+    size = hidden.shape[-1]
+    gram, cross = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
+    for h, f in zip(hidden.split(4096), final.split(4096), strict=True):
+        h, f = h.double(), f.double()
+        scale = f.square().mean(-1, keepdim=True).rsqrt()
+        gram += (h * scale).T @ (h * scale)
+        cross += (h * scale).T @ ((f - h) * scale)
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    return torch.linalg.solve(gram, cross).T.float()
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.05 + 0.475 * (1 + math.cos(math.pi * step / max(1, steps)))
