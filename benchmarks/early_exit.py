@@ -5,19 +5,34 @@
 `forced` cases let a pseudo-random share of the tokens leave, whatever they are: what the machinery
 costs and saves, not what a model can spare. Case names: `early_exit/forced/l10/50/propagate` lets
 50 % leave behind 10 layers under the cache policy `propagate`.
+
+`trained` cases serve what `effplugin prepare early-exit` makes of the model for an agreement of
+0.95 or 0.99, on prompts of its own. The first run prepares them, which takes some minutes each.
 """
 
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import CACHE, Case, Engine, EngineSpec, Metric, argument_parser, efficient, main
+from harness import (
+    CACHE,
+    Case,
+    Engine,
+    EngineSpec,
+    Metric,
+    argument_parser,
+    efficient,
+    main,
+    select,
+)
 from layer_parallel import build_smollm2
 
+AGREEMENTS = ("0.95", "0.99")
 POLICIES = ("recompute", "propagate", "copy")
 
 
@@ -38,9 +53,96 @@ class DecodeThroughput:
         return emitted / (full[-1].seconds - full[0].seconds)
 
 
+OPENINGS = (
+    "The bridge was closed because",
+    "A healthy breakfast should",
+    "Most volcanoes are found",
+    "My grandmother taught me",
+    "To change a bicycle tyre, first",
+    "The capital of France is",
+    "In the middle of the night",
+    "Water boils when",
+    "The committee decided that",
+    "Bees are important because",
+    "The first computers were",
+    "Once upon a time there was",
+    "If you want to save money,",
+    "The human heart pumps",
+    "During the summer holidays we",
+    "A good teacher knows",
+    "The train to the coast",
+    "Scientists have discovered",
+    "Photosynthesis is the process",
+    "The old man and his dog",
+    "Learning a new language",
+    "The river flows through",
+    "To bake bread you need",
+    "The Roman Empire fell",
+    "Children often ask",
+    "The price of oil",
+    "A long time ago in the desert",
+    "Music has the power to",
+    "The doctor told him that",
+    "On the other side of the mountain",
+    "Our solar system consists of",
+    "The best way to learn is",
+)
+
+
+def openings(engine: Engine, count: int) -> list[list[int]]:
+    """Prompts that no training text starts with."""
+    tokenizer = engine.llm.get_tokenizer()
+    return [tokenizer(text)["input_ids"] for text in OPENINGS[:count]]
+
+
+@dataclass(frozen=True)
+class TextThroughput:
+    """Tokens per second of a full batch that continues English openings."""
+
+    batch: int
+    tokens: int
+
+    def __call__(self, engine: Engine) -> float:
+        steps = engine.run(openings(engine, self.batch), self.tokens)
+        full = [step for step in steps if step.emitted == self.batch]
+        emitted = sum(step.emitted for step in full[1:])
+        return emitted / (full[-1].seconds - full[0].seconds)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Share of the decoded tokens that are the full model's, given what came before them."""
+
+    tokens: int
+
+    def __call__(self, engine: Engine) -> float:
+        llm = engine.llm
+        if not hasattr(llm.llm_engine.model_config.hf_config, "efficiency"):
+            return 1.0
+        llm.collective_rpc("set_exit_shadow", args=(1.0,))
+        [before] = llm.collective_rpc("exit_counters")
+        engine.run(openings(engine, len(OPENINGS)), self.tokens)
+        [after] = llm.collective_rpc("exit_counters")
+        llm.collective_rpc("set_exit_shadow", args=(0.0,))
+        wrong = sum(
+            sign * (totals["shadowed"] - totals["shadow_agreed"])
+            for sign, totals in ((1, after), (-1, before))
+        )
+        return 1 - wrong / (len(OPENINGS) * self.tokens)
+
+
 METRICS = tuple(
     Metric(f"decode_tok_s_b{batch}", DecodeThroughput(batch, tokens), better="higher")
     for batch, tokens in ((1, 96), (8, 64), (32, 40))
+)
+
+
+TRAINED_METRICS = (
+    *(
+        Metric(f"decode_tok_s_b{batch}", TextThroughput(batch, tokens), better="higher")
+        for batch, tokens in ((1, 96), (8, 64), (32, 40))
+    ),
+    Metric("agreement", Agreement(40), better="higher"),
 )
 
 
@@ -58,6 +160,7 @@ def cases(smollm2: Path) -> list[Case]:
     """Off, idle, and forced exits at a third and at two thirds of SmolLM2's 30 layers."""
     stock = EngineSpec(str(smollm2))
     never = [{"depth": depth, "gate": "rate", "threshold": 0.9999999} for depth in (10, 20)]
+    with_tokenizer = {"skip_tokenizer_init": False}
     off = [{**point, "threshold": 1} for point in never]
     shares = itertools.product((10, 20), (100, 50), POLICIES)
     quick = {"l10/100/propagate", "l10/100/recompute", "l10/50/propagate", "l10/50/recompute"}
@@ -74,7 +177,32 @@ def cases(smollm2: Path) -> list[Case]:
             )
             for depth, percent, policy in shares
         ),
+        *(
+            Case(
+                f"early_exit/trained/{agreement}",
+                EngineSpec(str(smollm2), options=with_tokenizer),
+                EngineSpec(str(trained(smollm2, agreement)), options=with_tokenizer),
+                TRAINED_METRICS,
+                quick=True,
+            )
+            for agreement in AGREEMENTS
+        ),
     ]
+
+
+def trained(smollm2: Path, agreement: str) -> Path:
+    """Where the checkpoint with trained exits is kept."""
+    return smollm2.with_name(f"{smollm2.name}-exits-{agreement}")
+
+
+def prepare_trained(smollm2: Path) -> None:
+    """Make the checkpoints with trained exits that are missing."""
+    for agreement in AGREEMENTS:
+        out = trained(smollm2, agreement)
+        if not (out / "config.json").exists():
+            command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "early-exit"]
+            command += [str(smollm2), str(out), "--min-agreement", agreement]
+            subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
@@ -85,4 +213,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if not arguments.list:
         build_smollm2(arguments.model)
-    sys.exit(main(arguments, cases(arguments.model)))
+    found = cases(arguments.model)
+    chosen = select(found, arguments.cases, quick=arguments.quick)
+    if not arguments.list and any("/trained/" in case.path for case in chosen):
+        prepare_trained(arguments.model)
+    sys.exit(main(arguments, found))

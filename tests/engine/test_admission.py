@@ -14,6 +14,7 @@ from vllm_effplugin.config.checkpoint import (
     replaced_tensor_names,
     write_checkpoint,
 )
+from vllm_effplugin.engine.admission import VERIFY
 
 PAIRS = {"layer_parallel": {"groups": [[2, 3], [4, 5]]}}
 EXITS = {"early_exit": {"exits": [{"depth": 4}]}}
@@ -58,7 +59,12 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
         (EXITS, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*early exit"),
         (EXITS, {"speculative_config": NGRAM}, "--speculative-config.*early exit"),
         (EXITS, {"worker_cls": "some.Worker"}, "--worker-cls some.Worker"),
-        (EXITS, {"tensor_parallel_size": 2}, "--tensor-parallel-size 2.*early exit"),
+        (
+            EXITS,
+            {"tensor_parallel_size": 2, "speculative_config": VERIFY},
+            "verified early exits.*--tensor-parallel-size",
+        ),
+        (PAIRS, {"speculative_config": VERIFY}, "--speculative-config.*no exits"),
         ({**EXITS, "split_after": [6]}, {}, "split_after"),
         ({**EXITS, **PAIRS}, {}, "`early_exit` and `layer_parallel`"),
         ({"early_exit": {"exits": [{"depth": 12}]}}, {}, "depth 12.*12 layers"),
@@ -95,6 +101,9 @@ def test_mixed_attention_with_exits_is_refused(tiny):
     [
         (PAIRS, {}),
         (EXITS, {}),
+        (EXITS, {"tensor_parallel_size": 2}),
+        (EXITS, {"speculative_config": VERIFY}),
+        (EXITS, {"speculative_config": {**VERIFY, "num_speculative_tokens": 2}}),
         (PAIRS, {"tensor_parallel_size": 2}),
         (None, {"enable_lora": True}),
         (

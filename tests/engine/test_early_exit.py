@@ -24,6 +24,7 @@ from tests.engine.test_layer_parallel_logits import (
 )
 from tests.tiny import VOCAB, counters, engine, overrides
 from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.engine.admission import VERIFY
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
 from vllm_effplugin.techniques.early_exit.step import pseudo_random
@@ -135,6 +136,21 @@ class Replay:
                 worst = max(worst, (expected - ours).abs().max().item())
         return worst
 
+    def agreement(
+        self, prompt: list[int], tokens: list[int], events: Sequence[Any]
+    ) -> tuple[int, int]:
+        """Tokens that left, and how many of these the full model would have said as well."""
+        sequence = ReferenceSequence(self.model, self.config, self.exits)
+        whole = [*prompt, *tokens]
+        fired = agreed = 0
+        for start, length, exit in events:
+            full = sequence.run(whole[start : start + length], start)[-1]
+            if exit >= 0:
+                left = sequence.leave(whole[start], start, exit)
+                fired += 1
+                agreed += int(full.argmax() == left.argmax())
+        return fired, agreed
+
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
@@ -190,8 +206,11 @@ def ask(llm: Any, requests: list[list[int]], *asked: dict[str, Any], **fields: A
     return llm.generate([{"prompt_token_ids": ids} for ids in requests], params, use_tqdm=False)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("exits", [SOME, SOFTMAX], ids=["rate", "softmax"])
+@pytest.mark.parametrize(
+    ("exits", "policy"),
+    [(SOME, "recompute"), (SOFTMAX, "recompute"), (SOME, "propagate")],
+    ids=["rate-recompute", "softmax-recompute", "rate-propagate"],
+)
 def test_two_ranks(tiny, exits, policy):
     """Both ranks take the first one's decisions; what they are is worked out apart."""
     block = {"exits": exits, "cache": policy, "compaction": "always", "max_pending": 5}
@@ -228,6 +247,50 @@ def test_exact_requests_never_see_approximate_entries(tiny, policy):
     assert replay.difference(written, tokens, logits, events) <= TOLERANCE
 
 
+def test_several_samples_of_one_prompt(tiny):
+    """They share the prompt's blocks and leave at exits of their own."""
+    block = {"exits": SOME, "cache": "recompute"}
+    replay = Replay(tiny(), block)
+    with exiting(tiny(), block=block, num_gpu_blocks_override=200) as (llm, _):
+        fields = {"n": 3, "temperature": 1.0, "logprobs": -1}
+        results = ask(llm, prompts()[:4], *[{}] * 4, **fields)
+    for prompt, result in zip(prompts(), results, strict=False):
+        samples = [list(sample.token_ids) for sample in result.outputs]
+        assert len({tuple(sample) for sample in samples}) == 3
+        for sample, tokens in zip(result.outputs, samples, strict=True):
+            decided = replay.decisions(prompt, tokens)
+            assert replay.difference(prompt, tokens, step_logits(sample), decided) <= TOLERANCE
+
+
+def test_sampling_features_see_the_exits_logits(tiny):
+    """Penalties, biases and allowed tokens; and the logits of prompts are the full model's."""
+    block = {"exits": ALL, "cache": "recompute"}
+    replay = Replay(tiny(), block)
+    prompt = prompts()[3]
+    allowed = list(range(10, 60))
+    with exiting(tiny(), block=block, num_gpu_blocks_override=200) as (llm, trace):
+        [penalised] = ask(llm, [prompt], {}, repetition_penalty=1.5, logprobs=-1)
+        [biased] = ask(llm, [prompt], {}, logit_bias={77: 100.0})
+        [few] = ask(llm, [prompt], {}, allowed_token_ids=allowed)
+        [scored] = ask(llm, [prompt], {}, prompt_logprobs=-1, max_tokens=2)
+        assert trace.loop.counters["left"] > 0
+    tokens = list(penalised.outputs[0].token_ids)
+    logits = step_logits(penalised.outputs[0])
+    decided = replay.decisions(prompt, tokens)
+    assert replay.difference(prompt, tokens, logits, decided) <= TOLERANCE
+    for position, token in enumerate(tokens):
+        seen = list({*prompt, *tokens[:position]})
+        changed = logits[position].clone()
+        changed[seen] = torch.where(changed[seen] > 0, changed[seen] / 1.5, changed[seen] * 1.5)
+        assert token == int(changed.argmax())
+    assert set(biased.outputs[0].token_ids) == {77}
+    assert set(few.outputs[0].token_ids) <= set(allowed)
+    expected = ReferenceSequence(replay.model, replay.config, replay.exits).run(prompt, 0)
+    for position, row in enumerate(scored.prompt_logprobs[1:]):
+        ours = torch.tensor([row[token].logprob for token in range(VOCAB)])
+        assert (ours - expected[position]).abs().max() <= TOLERANCE
+
+
 def test_callers_decide(tiny):
     """In one batch: the checkpoint's threshold, exits off, another threshold, a least depth."""
     block = {"exits": SOME, "cache": "recompute"}
@@ -236,6 +299,88 @@ def test_callers_decide(tiny):
         ask(llm, prompts()[:4], *asked)
         fired = [{exit for _, _, exit in events} for events in trace.take()]
     assert fired == [{-1, 0, 1}, {-1}, {-1, 0}, {-1, 1}]
+
+
+@pytest.mark.parametrize("gate", ["softmax", "rate"])
+def test_verified_exits_are_the_full_model(tiny, gate):
+    """Token for token, over chunked prefill, preemption, prefix hits and block ends."""
+    exits = [{"depth": 9, "gate": gate, "threshold": 0.02}]
+    block = {"exits": exits, "cache": "propagate"}
+    verify, off = [{"exit": "verify"}] * len(prompts()), [{"exit": False}] * len(prompts())
+    options = {"speculative_config": {**VERIFY, "num_speculative_tokens": 3}}
+    with exiting(tiny(), block=block, **options) as (llm, trace):
+        for _ in range(2):
+            expected = ask(llm, prompts(), *off, max_tokens=80)
+            verified = ask(llm, prompts(), *verify, max_tokens=80)
+            for one, other in zip(expected, verified, strict=True):
+                assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        seen = counters(llm)
+        assert trace.loop.counters["decoded"] == 0
+    drafted = seen["vllm:spec_decode_num_draft_tokens"]
+    accepted = seen["vllm:spec_decode_num_accepted_tokens"]
+    assert 0 < accepted < drafted
+    assert seen["vllm:num_preemptions"] > 0
+    assert seen["vllm:prefix_cache_hits"] > 0
+    with engine(tiny(), hf_overrides={"architectures": ["LlamaForCausalLM"]}) as llm:
+        stock = ask(llm, prompts(), *[{}] * len(prompts()), max_tokens=80)
+    for one, other in zip(stock, verified, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_verified_and_other_requests_share_a_batch(tiny):
+    """Some verify, some leave for good, some do neither: each as it would alone."""
+    block = {"exits": SOME, "cache": "recompute"}
+    asked = [{"exit": "verify"}, {}, {"exit": False}, {"exit": "verify", "exit_min_layer": 5}, {}]
+    replay = Replay(tiny(), block)
+    options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}
+    with exiting(tiny(), block=block, speculative_config=VERIFY, **options) as (llm, trace):
+        together = ask(llm, prompts()[:5], *asked, logprobs=-1)
+        trace.take()
+        for prompt, extra, mine in zip(prompts(), asked, together, strict=False):
+            [alone] = ask(llm, [prompt], extra, logprobs=-1)
+            tokens = list(mine.outputs[0].token_ids)
+            assert list(alone.outputs[0].token_ids) == tokens
+            events = [(0, len(prompt), -1)]
+            events += [(len(prompt) + i, 1, -1) for i in range(len(tokens))]
+            if extra == {}:
+                events = replay.decisions(prompt, tokens)
+            logits = step_logits(mine.outputs[0])
+            assert replay.difference(prompt, tokens, logits, events) <= TOLERANCE
+
+
+def test_verify_needs_a_server_that_can(tiny):
+    from vllm.exceptions import VLLMValidationError
+
+    with (
+        exiting(tiny(), block={"exits": SOME}) as (llm, _),
+        pytest.raises(VLLMValidationError, match="--speculative-config"),
+    ):
+        ask(llm, [prompts()[0]], {"exit": "verify"})
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shadow_mode_counts_and_changes_nothing(tiny, policy):
+    """Every token that leaves is compared with the full model; the replay does so as well."""
+    block = {"exits": SOME, "cache": policy}
+    options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}
+    with exiting(tiny(), block=block, **options) as (llm, _):
+        plain = generate(llm, prompts())
+    with exiting(tiny(), block={**block, "shadow": 1.0}, **options) as (llm, trace):
+        watched = generate(llm, prompts())
+        events = trace.take()
+        totals = trace.loop.counters.as_dict()
+    for (tokens, logits), (other, other_logits) in zip(plain, watched, strict=True):
+        assert tokens == other
+        assert (logits - other_logits).abs().max() <= TOLERANCE
+    replay = Replay(tiny(), block)
+    counts = [
+        replay.agreement(prompt, tokens, happened)
+        for prompt, (tokens, _), happened in zip(prompts(), watched, events, strict=True)
+    ]
+    assert totals["left"] == 0
+    assert totals["shadowed"] == sum(totals["exits"]) == sum(fired for fired, _ in counts)
+    assert totals["shadow_agreed"] == sum(agreed for _, agreed in counts)
+    assert 0 < totals["shadow_agreed"] < totals["shadowed"]
 
 
 def test_a_bad_request_harms_no_other(tiny):

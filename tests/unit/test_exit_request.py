@@ -11,6 +11,7 @@ from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.request import (
     cache_policy,
+    draft_thresholds,
     parse_exit_request,
     thresholds,
 )
@@ -33,6 +34,7 @@ def early_exit(**fields: Any) -> EarlyExitConfig:
         ({"other": 1}, [0.7, 0.9]),
         ({"exit": False}, [1, 1]),
         ({"exit": "false"}, [1, 1]),
+        ({"exit": "verify", "exit_threshold": 0.5}, [1, 1]),
         ({"exit": True, "exit_threshold": 0.5}, [0.5, 0.5]),
         ({"exit_threshold": "0.5"}, [0.5, 0.5]),
         ({"exit_threshold": 0}, [0, 0]),
@@ -45,12 +47,18 @@ def test_thresholds(asked: dict[str, Any] | None, expected: list[float]) -> None
     assert thresholds(early_exit(), parse_exit_request(asked)) == expected
 
 
+def test_drafts_take_the_thresholds_that_exits_would() -> None:
+    asked = parse_exit_request({"exit": "verify", "exit_min_layer": 5})
+    assert draft_thresholds(early_exit(), asked) == [1, 0.9]
+    assert draft_thresholds(early_exit(), parse_exit_request({})) == [1, 1]
+    assert draft_thresholds(early_exit(), parse_exit_request({"exit": False})) == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
         ({"exit": "perhaps"}, "exit"),
         ({"exit": 1}, "exit"),
-        ({"exit": "verify"}, "exit"),
         ({"exit_threshold": 1.5}, "exit_threshold"),
         ({"exit_threshold": -0.1}, "exit_threshold"),
         ({"exit_threshold": "high"}, "exit_threshold.*not a number"),

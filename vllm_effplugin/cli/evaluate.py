@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import (
     check_checkpoint,
     read_model_config,
@@ -57,12 +58,41 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
     ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="With exits: jsonl with `question` and `answers`, or CoQA's json."),
+    ] = None,
+    thresholds: Annotated[
+        str, typer.Option(help="With exits: thresholds to sweep.")
+    ] = "0.5,0.7,0.8,0.9,0.95",
+    prompts: Annotated[int, typer.Option(help="With exits: most prompts.", min=1)] = 64,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="With exits: tokens of a prompt taken from --text.", min=1)
+    ] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(help="With exits: tokens that continue each prompt.", min=1)
+    ] = 64,
+    batch: Annotated[
+        int, typer.Option(help="With exits: requests at a time, for speed.", min=1)
+    ] = 8,
+    plot: Annotated[
+        Path | None, typer.Option(help="With exits: write the frontier to this PNG file.")
+    ] = None,
 ) -> None:
-    """Measure perplexity and next-token agreement with the base model through vLLM.
+    """Measure a checkpoint against its base model through vLLM.
 
-    The text is cut into contiguous windows; every position but the first of each counts.
+    Perplexity and next-token agreement on a text, which is cut into contiguous windows; every
+    position but the first of each counts. A checkpoint with exits continues prompts instead, from
+    the text or from questions, under a sweep of thresholds: computation saved, agreement with the
+    full model, and accuracy of the answers.
     """
-    check_checkpoint(checkpoint)
+    efficiency = check_checkpoint(checkpoint)
+    if efficiency.early_exit is not None and efficiency.early_exit.exits:
+        shape = ExitEvaluation(thresholds, prompts, prompt_tokens, new_tokens, batch)
+        figures = measure_exits(checkpoint, efficiency, text, questions, shape, plot)
+        if json_file is not None:
+            json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        return
     if base is not None:
         read_model_config(base)
     if text is None and lm_eval is None:
@@ -110,6 +140,72 @@ def measure(
     return summarise(reference, scores, context)
 
 
+@dataclass(frozen=True)
+class ExitEvaluation:
+    """How to measure exits; fields as the options."""
+
+    thresholds: str
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+
+
+def measure_exits(
+    checkpoint: Path,
+    efficiency: EfficiencyConfig,
+    text: Path | None,
+    questions: Path | None,
+    shape: ExitEvaluation,
+    plot: Path | None,
+) -> dict[str, Any]:
+    """Computation, agreement and accuracy over a sweep of thresholds; shows a table.
+
+    Raises:
+        ConfigError: for a text, questions or thresholds that cannot be used.
+        CheckpointError: for a checkpoint without a tokenizer.
+        UnsupportedError: when vLLM cannot run it.
+    """
+    from vllm_effplugin.cli.prepare import parse_numbers
+    from vllm_effplugin.offline import run_with_engine
+    from vllm_effplugin.techniques.early_exit import evaluate as exits
+    from vllm_effplugin.techniques.early_exit.questions import accuracy, read_questions
+
+    if (text is None) == (questions is None):
+        raise ConfigError("a checkpoint with exits is measured on one of --text and --questions")
+    swept = exits.settings(parse_numbers("--thresholds", shape.thresholds, float))
+    tokenizer = _tokenizer(checkpoint)
+    asked = read_questions(questions)[: shape.prompts] if questions is not None else []
+    if text is not None:
+        windows = _windows(checkpoint, text, shape.prompt_tokens + shape.new_tokens, None)
+        # Spread over the whole text.
+        chosen = windows[:: max(1, len(windows) // shape.prompts)][: shape.prompts]
+        inputs = [window[: shape.prompt_tokens] for window in chosen]
+    else:
+        inputs = [tokenizer(question.prompt)["input_ids"] for question in asked]
+    arguments = (inputs, [item.model_dump() for item in swept], shape.new_tokens, shape.batch)
+    rows = [
+        exits.Measured.model_validate(row)
+        for row in run_with_engine(exits.measure_settings, str(checkpoint), *arguments)
+    ]
+    scores: list[float | None] = [
+        accuracy(asked, tokenizer.batch_decode(row.outputs)) if asked else None for row in rows
+    ]
+    title = f"{len(inputs)} prompts, {shape.new_tokens} tokens each; {exits.describe(efficiency)}"
+    Console().print(exits.settings_table(rows, scores, title))
+    if plot is not None:
+        plot.write_bytes(exits.frontier_plot(rows, shape.batch))
+    return {
+        "prompts": len(inputs),
+        "new_tokens": shape.new_tokens,
+        "batch": shape.batch,
+        "settings": [
+            {**row.model_dump(exclude={"outputs"}), "accuracy": score}
+            for row, score in zip(rows, scores, strict=True)
+        ],
+    }
+
+
 def summarise(reference: Scores, scores: Scores, context: int) -> dict[str, Any]:
     """The figures that `--json` writes."""
     pairs = list(zip(reference.predictions, scores.predictions, strict=True))
@@ -142,24 +238,28 @@ def run_lm_eval(checkpoint: Path, tasks: str) -> None:
 
 def _windows(checkpoint: Path, text: Path, context: int, max_tokens: int | None) -> list[list[int]]:
     """Token ids of the text, cut; a last window of a single token is dropped."""
-    from transformers import AutoTokenizer
-
     from vllm_effplugin.preparation.text import read_text
 
     content = read_text(text)
     limit = read_model_config(checkpoint).get("max_position_embeddings")
     if limit is not None and context > limit:
         raise ConfigError(f"--context {context} exceeds the model's {limit}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} has no usable tokenizer: {error}") from None
+    tokenizer = _tokenizer(checkpoint)
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     windows = [ids[start : start + context] for start in range(0, len(ids), context)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise ConfigError(f"--text {text} is shorter than two tokens")
     return windows
+
+
+def _tokenizer(checkpoint: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} has no usable tokenizer: {error}") from None
 
 
 def _score(model: str, windows: Sequence[list[int]], overrides: Mapping[str, Any]) -> Scores:

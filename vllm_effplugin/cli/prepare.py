@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from vllm_effplugin.config.checkpoint import require_output
 from vllm_effplugin.errors import ConfigError
+
+N = TypeVar("N", int, float)
 
 app = typer.Typer(no_args_is_help=True, help="Make an efficient checkpoint from a stock one.")
 
@@ -269,7 +272,7 @@ def early_exit(
     try:
         request = PrepareRequest.model_validate(
             {
-                "exits": None if exits is None else parse_numbers("--exits", exits),
+                "exits": None if exits is None else parse_numbers("--exits", exits, int),
                 "gate": gate.value,
                 "gate_width": gate_width,
                 "adapter": adapter.value,
@@ -277,7 +280,7 @@ def early_exit(
                 "max_pending": max_pending,
                 "min_agreement": min_agreement,
                 "confidence": confidence,
-                "batches": parse_numbers("--batches", batches),
+                "batches": parse_numbers("--batches", batches, int),
                 "train": {
                     "adapter_tokens": adapter_tokens,
                     "gate_epochs": gate_epochs,
@@ -299,13 +302,13 @@ def early_exit(
     run(model, out, request, work_dir=work_dir, overwrite=overwrite)
 
 
-def parse_numbers(option: str, text: str) -> list[int]:
+def parse_numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
     """Numbers as typed: `14,20,24`.
 
     Raises:
         ConfigError: when they are not that.
     """
     try:
-        return [int(number) for number in text.split(",")]
+        return [kind(number) for number in text.split(",")]
     except ValueError:
-        raise ConfigError(f'{option} {text!r} is not of the form "14,20,24"') from None
+        raise ConfigError(f"{option} {text!r} is not a list of numbers with commas") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,15 @@ _UNSUPPORTED_ATTRIBUTES = {
 
 
 EXIT_PARAMS = "vllm_effplugin.engine.params:ExitParamsV1"
+VERIFYING_EXIT_PARAMS = "vllm_effplugin.engine.params:VerifyingExitParamsV1"
 EXIT_SCHEDULER = "vllm_effplugin.engine.schedulers.salted_scheduler"
 EXIT_WORKER = "vllm_effplugin.engine.v1_worker.EffpluginCPUWorker"
+VERIFY = {
+    "method": "custom_class",
+    "model": "vllm_effplugin.engine.v1_drafter.ExitProposer",
+    "num_speculative_tokens": 4,
+}
+"""`--speculative-config` of a server that verifies early exits; the number is free."""
 
 
 class EfficiencyAdmission(VerifyAndUpdateConfig):
@@ -60,6 +68,11 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
         """
         plan = plan_for(vllm_config.model_config.hf_config)
         _refuse_anywhere(vllm_config)
+        if _verifies(vllm_config) and not plan.has_exits:
+            raise UnsupportedError(
+                "--speculative-config asks for verified early exits, but the model has no exits: "
+                "leave it off, or serve a checkpoint of `effplugin prepare early-exit`"
+            )
         if plan.groups:
             _refuse_with_groups(vllm_config, plan)
         if plan.has_exits:
@@ -70,8 +83,9 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             if early_exit.cache != "recompute" and vllm_config.cache_config.enable_prefix_caching:
                 vllm_config.scheduler_config.scheduler_cls = EXIT_SCHEDULER
             processors = vllm_config.model_config.logits_processors or []
-            if EXIT_PARAMS not in processors:
-                vllm_config.model_config.logits_processors = [*processors, EXIT_PARAMS]
+            params = VERIFYING_EXIT_PARAMS if _verifies(vllm_config) else EXIT_PARAMS
+            if params not in processors:
+                vllm_config.model_config.logits_processors = [*processors, params]
             COLLECTOR.watch(
                 vllm_config.instance_id,
                 str(vllm_config.model_config.served_model_name),
@@ -93,6 +107,12 @@ def plan_for(hf_config: Any) -> Plan:
     return build_plan(efficiency_of(hf_config), hf_config.num_hidden_layers)
 
 
+def _verifies(vllm_config: VllmConfig) -> bool:
+    """Whether the server verifies early exits."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.model == VERIFY["model"]
+
+
 def _refuse_anywhere(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
@@ -106,7 +126,7 @@ def _refuse_anywhere(vllm_config: VllmConfig) -> None:
             f"{current_platform.device_type} platform: use `mp`"
         )
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method != "ngram":
+    if speculative is not None and speculative.method != "ngram" and not _verifies(vllm_config):
         raise UnsupportedError(
             f"--speculative-config method {speculative.method!r} is not supported with an "
             "efficient checkpoint: use method `ngram`, or leave speculative decoding off"
@@ -175,9 +195,15 @@ def _refuse_with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
             "--kv-transfer-config is not supported with early exit, whose cache may have "
             f"entries that are still owed: leave it off, or {way_out}"
         )
-    if vllm_config.speculative_config is not None:
+    if vllm_config.speculative_config is not None and not _verifies(vllm_config):
         raise UnsupportedError(
-            f"--speculative-config is not supported with early exit: leave it off, or {way_out}"
+            f"--speculative-config method {vllm_config.speculative_config.method!r} is not "
+            f"supported with early exit: use {json.dumps(VERIFY)}, leave it off, or {way_out}"
+        )
+    if _verifies(vllm_config) and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise UnsupportedError(
+            "verified early exits (--speculative-config) are not supported with "
+            "--tensor-parallel-size > 1: use one rank, or leave --speculative-config off"
         )
     if len(set(getattr(model.hf_config, "layer_types", None) or ())) > 1:
         raise UnsupportedError(

@@ -166,6 +166,35 @@ def subset(
     return step.builder.build(0, common.replace(**changed), fast_build=True)
 
 
+def one_token_each(
+    step: Step, rows: np.ndarray, positions: np.ndarray, slot_mapping: Tensor
+) -> Any:
+    """Attention metadata for one further token of some of a step's rows, behind the step.
+
+    Args:
+        step: the step that has run.
+        rows: indices of the rows, increasing.
+        positions: of each row's token; everything before it is in the cache. The block that it
+            lies in is one that the row has.
+        slot_mapping: cache slot of each token.
+    """
+    common = step.common
+    lengths = torch.from_numpy(positions + 1).to(common.seq_lens.dtype)
+    at = torch.from_numpy(positions).to(common.seq_lens.device)
+    indices = torch.from_numpy(rows)
+    seq_lens = common.seq_lens.clone()
+    seq_lens[indices.to(seq_lens.device)] = lengths.to(seq_lens.device)
+    changed: dict[str, Any] = {"seq_lens": seq_lens, "max_seq_len": int(lengths.max())}
+    for name in ("seq_lens_cpu_upper_bound", "is_prefilling"):
+        value = getattr(common, name)
+        if value is not None:
+            value = value.clone()
+            value[indices] = lengths.to(value.dtype) if name != "is_prefilling" else False
+            changed[name] = value
+    later = Step(common.replace(**changed), step.builder)
+    return subset(later, rows, np.ones(len(rows), dtype=np.int64), slot_mapping, at)
+
+
 @contextmanager
 def running_on(metadata: Any, slot_mapping: Tensor) -> Iterator[None]:
     """Run layers on other attention metadata than the step's."""

@@ -263,7 +263,25 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.forward_context", "override_forward_context", "running layers on some rows"),
     Interface("vllm.forward_context", "get_forward_context", "the batch of a step"),
-    Interface("vllm.forward_context", "set_forward_context", "measuring costs", ("attn_metadata",)),
+    Interface(
+        "vllm.forward_context",
+        "set_forward_context",
+        "measuring costs, drafting",
+        ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
+    ),
+    Interface("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", "drafting"),
+    Interface(
+        "vllm.v1.spec_decode.custom_class_proposer",
+        "create_custom_proposer",
+        "drafting",
+        ("vllm_config",),
+    ),
+    Interface(
+        "vllm.config",
+        "SpeculativeConfig",
+        "drafting",
+        ("method", "model", "num_speculative_tokens"),
+    ),
     Interface("vllm.distributed", "get_tp_group", "one decision for all ranks"),
     Interface("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", "the rows of runner V1"),
     Interface(

@@ -6,19 +6,26 @@ admitted. These do nothing else. Each runner has an interface of its own.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 
+from vllm_effplugin.engine.admission import VERIFY
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.request import parse_exit_request
 
 
-def _validate(params: SamplingParams) -> None:
+def _validate(params: SamplingParams, *, verify: bool) -> None:
     try:
-        parse_exit_request(params.extra_args)
+        request = parse_exit_request(params.extra_args)
+        if request.exit == "verify" and not verify:
+            raise ConfigError(
+                'exit: "verify" needs a server started with --speculative-config '
+                f"'{json.dumps(VERIFY)}'"
+            )
     except ConfigError as error:
         raise VLLMValidationError(str(error)) from None
 
@@ -26,12 +33,14 @@ def _validate(params: SamplingParams) -> None:
 class ExitParamsV1(V1LogitsProcessor):
     """Early exit's parameters, for runner V1."""
 
+    verify = False
+
     def __init__(self, *_: Any) -> None:
         pass
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        _validate(sampling_params)
+        _validate(sampling_params, verify=cls.verify)
 
     def apply(self, logits: Any) -> Any:
         return logits
@@ -41,3 +50,9 @@ class ExitParamsV1(V1LogitsProcessor):
 
     def update_state(self, batch_update: Any) -> None:
         pass
+
+
+class VerifyingExitParamsV1(ExitParamsV1):
+    """The same where drafts can be verified."""
+
+    verify = True

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_effplugin.engine.admission import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
 from vllm_effplugin.engine.batch import Rows
 
 if TYPE_CHECKING:
@@ -78,6 +79,18 @@ class V1Rows:
 class EffpluginCPUWorker(CPUWorker):
     """vLLM's CPU worker, whose model knows the requests behind its rows."""
 
+    def init_device(self) -> None:
+        # With speculative decoding the runner refuses all custom logits processors. Ours only
+        # validates, which the front end does; a new list, because in one process it shares this.
+        model = self.vllm_config.model_config
+        if self.vllm_config.speculative_config is not None:
+            model.logits_processors = [
+                name
+                for name in model.logits_processors or []
+                if name not in (EXIT_PARAMS, VERIFYING_EXIT_PARAMS)
+            ]
+        super().init_device()
+
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
         model = self.model_runner.get_model()
@@ -95,6 +108,24 @@ class EffpluginCPUWorker(CPUWorker):
         self.model_runner.get_model().measure_costs()
         return times
 
+    # --- For `LLM.collective_rpc` ----------------------------------------------------------------
+
+    @property
+    def _exits(self) -> Any:
+        return self.model_runner.get_model().model.exit_loop
+
     def exit_costs(self) -> dict[str, Any]:
-        """What the exits' costs were measured to be, for `LLM.collective_rpc`."""
-        return self.model_runner.get_model().exit_costs()
+        """What the exits' costs were measured to be."""
+        return self._exits.describe_costs()
+
+    def exit_counters(self) -> dict[str, Any]:
+        """What the exits did since the start."""
+        return self._exits.counters.as_dict()
+
+    def exit_layers(self) -> int:
+        """Layers of the model."""
+        return self._exits.num_layers
+
+    def set_exit_shadow(self, share: float) -> None:
+        """From now on, compare this share of the tokens that leave with the full model."""
+        self._exits.shadow = share

@@ -36,7 +36,6 @@ from vllm.sampling_params import SamplingParams
 from vllm_effplugin.config.checkpoint import EXTRA_FOLDER
 from vllm_effplugin.engine.admission import efficiency_of, plan_for
 from vllm_effplugin.engine.batch import RowSource
-from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.models.trunk import (
     PlannedTrunk,
     arranged_weights,
@@ -220,12 +219,6 @@ class _EfficientForCausalLM(nn.Module):
         """The engine is ready: measure what depends on the machine."""
         if self.model.exit_loop is not None:
             self.model.exit_loop.measure_costs()
-
-    def exit_costs(self) -> dict[str, Any]:
-        """What was measured, as JSON."""
-        if self.model.exit_loop is None:
-            raise UnsupportedError("the model has no exits")
-        return self.model.exit_loop.describe_costs()
 
 
 class EfficientLlamaForCausalLM(_EfficientForCausalLM, LlamaForCausalLM):

@@ -120,10 +120,11 @@ def forecast(
             positions[slot] = 0
             ledger.open(slot)
     stack = seconds / STEPS
-    step = machine.steps[batch]
+    whole = costs.whole.at(batch)
+    rest = max(0.0, machine.steps[batch] - whole)  # head, sampler, scheduler
     return Forecast(
         batch=batch,
-        speed=step / (step - costs.whole.at(batch) + stack),
+        speed=(whole + rest) / (stack + rest),
         layer_tokens=float(ran @ layers) / (STEPS * batch * machine.num_layers),
     )
 

@@ -36,7 +36,7 @@ class Ledger:
         self.owed = np.full((slots, exits), NOTHING)
         self._backlog = np.zeros(slots, dtype=np.int64)
         self._max_pending = max_pending
-        self._block_size = block_size
+        self.block_size = block_size
 
     def open(self, slot: int) -> None:
         """A new request: owes nothing, whatever position it starts from."""
@@ -58,7 +58,7 @@ class Ledger:
 
     def must_finish(self, slots: Ints, positions: Ints) -> Ints:
         """Rows that have to run all layers at `positions`: block or waiting room is full."""
-        fills = (positions + 1) % self._block_size == 0
+        fills = (positions + 1) % self.block_size == 0
         first = np.minimum(self.owed[slots, -1], positions)
         return fills | (positions + 1 - first > self._max_pending)
 

@@ -21,7 +21,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 
-from vllm_effplugin.engine.batch import RowSource, current_step
+from vllm_effplugin.engine.batch import RowSource, Step, current_step
 from vllm_effplugin.engine.segments import compiled_part, run_units
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
@@ -29,9 +29,14 @@ from vllm_effplugin.techniques.early_exit.cache_fill import open_fill
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
 from vllm_effplugin.techniques.early_exit.counters import Counters, counters_path, publish
+from vllm_effplugin.techniques.early_exit.draft import DraftRun, Drafts
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
-from vllm_effplugin.techniques.early_exit.request import parse_exit_request, thresholds
+from vllm_effplugin.techniques.early_exit.request import (
+    draft_thresholds,
+    parse_exit_request,
+    thresholds,
+)
 from vllm_effplugin.techniques.early_exit.step import StepRun
 
 MEASURED_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -118,15 +123,18 @@ class ExitLoop:
         self.fill = open_fill(config, trunk)
         self.costs: Costs | None = None
         self.counters = Counters(len(self.exits))
+        self.shadow = config.shadow
         self.on_step: Callable[[StepRun], None] | None = None
         self.compute_logits: Callable[[Tensor], Tensor | None] = lambda hidden: None
-        self._trunk = trunk
-        self._vllm_config = vllm_config
+        self.trunk = trunk
+        self.vllm_config = vllm_config
         self._layer_name = trunk.layers[0].self_attn.attn.layer_name
         self._source: RowSource | None = None
+        self._last_step: Step | None = None
         self._preference = Preference(None)
         slots = vllm_config.scheduler_config.max_num_seqs
         self._thresholds = np.full((slots, len(self.exits)), np.inf)
+        self._draft_thresholds = np.full((slots, len(self.exits)), np.inf)
         self._ledger: Ledger | None = None
         # Of the batch's requests, while they stay the same: their slots and thresholds, whether
         # each may leave somewhere, and whether any may.
@@ -151,15 +159,17 @@ class ExitLoop:
         self._source = source
         self.compute_logits = compute_logits
         if get_tp_group().rank_in_group == 0:
-            path = counters_path(self._vllm_config.instance_id)
+            path = counters_path(self.vllm_config.instance_id)
             self.counters = publish(path, len(self.exits))
             weakref.finalize(self, path.unlink, missing_ok=True)
 
     def admit(self, slot: int, extra_args: Mapping[str, Any] | None) -> None:
         """A request takes a slot. Its wishes were checked when it arrived."""
-        chosen = thresholds(self.config, parse_exit_request(extra_args))
-        for i, (exit, threshold) in enumerate(zip(self.exits, chosen, strict=True)):
-            self._thresholds[slot, i] = exit.comparable(threshold)
+        request = parse_exit_request(extra_args)
+        leave, draft = thresholds(self.config, request), draft_thresholds(self.config, request)
+        for i, exit in enumerate(self.exits):
+            self._thresholds[slot, i] = exit.comparable(leave[i])
+            self._draft_thresholds[slot, i] = exit.comparable(draft[i])
         self.ledger.open(slot)
 
     @property
@@ -168,7 +178,7 @@ class ExitLoop:
         if self._ledger is None:
             slots, exits = self._thresholds.shape
             self._ledger = Ledger(
-                slots, exits, self.config.max_pending, self._vllm_config.cache_config.block_size
+                slots, exits, self.config.max_pending, self.vllm_config.cache_config.block_size
             )
         return self._ledger
 
@@ -181,6 +191,7 @@ class ExitLoop:
         step = current_step(self._layer_name)
         if step is None or self._source is None:
             return self._warm_up(input_ids, positions, inputs_embeds)
+        self._last_step = step
         slots = self._source.slots()
         if slots is not self._slots:
             self._slots = slots
@@ -195,7 +206,7 @@ class ExitLoop:
         decodes = rows.decodes & self._exits
         run = StepRun(self, step, rows, decodes, self._wanted, input_ids, positions)
         if run.passage.waits or (run.decoding and self._preference.segments):
-            hidden = run.in_segments(self._trunk.embed(input_ids, inputs_embeds))
+            hidden = run.in_segments(self.trunk.embed(input_ids, inputs_embeds))
         else:
             hidden = run.as_one(inputs_embeds)
         if run.decoding:
@@ -209,7 +220,7 @@ class ExitLoop:
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
     ) -> Tensor:
         """Run, and thereby compile, everything once; no gate decides."""
-        hidden = self._trunk.embed(input_ids, inputs_embeds)
+        hidden = self.trunk.embed(input_ids, inputs_embeds)
         residual = None
         for segment in self.segments[:-1]:
             hidden, residual, *_ = segment(positions, hidden, residual)
@@ -219,11 +230,47 @@ class ExitLoop:
 
     def finish(self, exit: int, hidden: Tensor) -> Tensor:
         """The final norm's output for `[n, d]` hidden states that leave at an exit."""
-        return self._trunk.norm(self.exits[exit].adapt(hidden))
+        return self.trunk.norm(self.exits[exit].adapt(hidden))
+
+    # --- Verified drafts ------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def draft(self, rows: np.ndarray, positions: np.ndarray, ids: np.ndarray, most: int) -> Drafts:
+        """Guess what requests go on with, from their first exit alone, while its gate fires.
+
+        Between two steps. The layers before the exit run on tokens that the cache does not hold
+        yet, and write entries that the next step writes again.
+
+        Args:
+            rows: indices of the step's rows that have a new token and run no more of a prompt.
+            positions, ids: of that token.
+            most: tokens to guess.
+
+        Returns:
+            for each of `rows`, the tokens guessed; none for a request that asked for none.
+        """
+        assert self._last_step is not None
+        assert self._source is not None
+        wanted = self._draft_thresholds[self._source.slots()[rows]]
+        drafts: Drafts = [[] for _ in rows]
+        for exit in range(len(self.exits)):
+            # At its first exit: the layers up to there are the ones that drafting has to run.
+            chosen = np.flatnonzero(
+                (wanted[:, exit] < np.inf) & (wanted[:, :exit] == np.inf).all(1)
+            )
+            if len(chosen):
+                run = DraftRun(self, self._last_step, exit, wanted[chosen, exit])
+                for row, tokens in zip(
+                    chosen.tolist(),
+                    run(rows[chosen], positions[chosen], ids[chosen], most),
+                    strict=True,
+                ):
+                    drafts[row] = tokens
+        return drafts
 
     def agreed(self, decisions: np.ndarray) -> np.ndarray:
         """The first rank's decisions, so that all ranks run the same."""
-        if self._vllm_config.parallel_config.tensor_parallel_size == 1:
+        if self.vllm_config.parallel_config.tensor_parallel_size == 1:
             return decisions
         group = get_tp_group()
         shared = torch.from_numpy(decisions).to(group.device)
@@ -233,7 +280,7 @@ class ExitLoop:
 
     def measure_costs(self) -> None:
         """Measure the parts at some batch sizes, attention left out. At the end of start-up."""
-        limit = self._vllm_config.scheduler_config.max_num_batched_tokens
+        limit = self.vllm_config.scheduler_config.max_num_batched_tokens
         sizes = [size for size in MEASURED_SIZES if size <= limit]
         if self.config.compaction == "always" or len(sizes) < 2:
             return
@@ -255,14 +302,14 @@ class ExitLoop:
             "segments": [list(segment.seconds) for segment in costs.segments],
             "overhead": costs.overhead,
             "fill": None if costs.fill is None else list(costs.fill),
-            "block_size": self._vllm_config.cache_config.block_size,
+            "block_size": self.vllm_config.cache_config.block_size,
             "num_layers": self.num_layers,
         }
 
     @torch.inference_mode()
     def _part_seconds(self, tokens: int) -> list[float]:
         """Seconds of the whole stack and of each segment."""
-        weight = self._trunk.norm.weight
+        weight = self.trunk.norm.weight
         positions = torch.zeros(tokens, dtype=torch.int64, device=weight.device)
         hidden = torch.zeros(tokens, len(weight), dtype=weight.dtype, device=weight.device)
         ids = torch.zeros_like(positions, dtype=torch.int32)
@@ -272,7 +319,7 @@ class ExitLoop:
             lambda: first(positions, hidden, None),
             *(lambda part=part: part(positions, hidden, hidden) for part in others),
         ]
-        with set_forward_context(None, self._vllm_config, num_tokens=tokens):
+        with set_forward_context(None, self.vllm_config, num_tokens=tokens):
             return _best_times(calls, weight.device)
 
 

@@ -75,12 +75,13 @@ class ReferenceSequence:
         return float(self._logits(module.adapt(hidden)).softmax(-1).max())
 
     def _forget(self, start: int) -> None:
-        """Drop the cache from position `start` on."""
-        surplus = self._cache.get_seq_length() - start
+        """Drop the cache from position `start` on, layer by layer: some may have less."""
         if start == 0:
             self._cache = DynamicCache(config=self._model.config)
-        elif surplus > 0:
-            self._cache.crop(-surplus)
+        for layer in self._cache.layers:
+            if layer.keys is not None and layer.keys.numel():
+                layer.keys = layer.keys[:, :, :start]
+                layer.values = layer.values[:, :, :start]
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
         return self._decoder.embed_tokens(torch.tensor([list(tokens)]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,11 @@ class ExitRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    exit: bool = Field(True, description="Whether tokens may leave early.")
+    exit: bool | Literal["verify"] = Field(
+        True,
+        description="Whether tokens may leave early. Under `verify` those that would are drafts, "
+        "which the full model checks before the caller sees them.",
+    )
     exit_threshold: float | None = Field(
         None, ge=0, le=1, description="Confidence at which they do, instead of the checkpoint's."
     )
@@ -52,8 +56,19 @@ def parse_exit_request(extra_args: Mapping[str, Any] | None) -> ExitRequest:
 
 def thresholds(config: EarlyExitConfig, request: ExitRequest) -> list[float]:
     """The confidence at which a request's tokens leave, for each exit."""
-    if not request.exit:
+    if request.exit is not True:
         return [NEVER] * len(config.exits)
+    return _wanted(config, request)
+
+
+def draft_thresholds(config: EarlyExitConfig, request: ExitRequest) -> list[float]:
+    """The confidence at which a request's tokens are drafted, for each exit."""
+    if request.exit != "verify":
+        return [NEVER] * len(config.exits)
+    return _wanted(config, request)
+
+
+def _wanted(config: EarlyExitConfig, request: ExitRequest) -> list[float]:
     least = request.exit_min_layer or 0
     wanted = request.exit_threshold
     return [

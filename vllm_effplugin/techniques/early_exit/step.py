@@ -70,7 +70,7 @@ class StepRun:
         self._decodes, self._thresholds = decodes, thresholds
         self._input_ids, self._positions = input_ids, positions
         owes = loop.config.cache == "recompute"
-        self._watched = self._draw_watched() if loop.config.shadow else None
+        self._watched = self._draw_watched() if loop.shadow else None
         self.passage = Passage(
             loop.ledger,
             loop.costs,
@@ -227,7 +227,7 @@ class StepRun:
     def _draw_watched(self) -> np.ndarray:
         """Which rows run all layers whatever their gates say."""
         lasts = self.rows.starts + self.rows.lengths - 1
-        drawn = pseudo_random(-1, lasts, self.rows.slots) < self._loop.config.shadow
+        drawn = pseudo_random(-1, lasts, self.rows.slots) < self._loop.shadow
         return drawn & self._decodes
 
     def _compare(self, full: Tensor, output: Tensor) -> None:

@@ -2,10 +2,10 @@
 
 All gates together follow one number, a price: how likely a token may be wrong per share of the
 layers that it saves. At a price `p`, a token leaves at an exit that saves a share `s` of the layers
-when its estimated probability of being wrong is at most `p * s`; the estimate comes from text apart
-(isotonic regression of being right on the gate's confidence), and so does the first price worth
-trying. Prices are tried from there upwards on held-out text, each as a hypothesis "agreement is too
-low"; the last one that is rejected before the first that is not gives the thresholds. Such
+when its estimated probability of being wrong is at most `p * s`. The estimate comes from text apart
+(logistic regression of being right on the gate's logit, Platt scaling), and so does the first price
+worth trying. Prices are tried from there upwards on held-out text, each as a hypothesis "agreement
+is too low"; the last one that is rejected before the first that is not gives the thresholds. Such
 fixed-sequence testing keeps the confidence of a single test, however many prices there are (Learn
 then Test, arXiv 2110.01052, section 4.2).
 
@@ -21,15 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from vllm_effplugin.techniques.early_exit.config import NEVER
 from vllm_effplugin.techniques.early_exit.passage import STAYS
 
-PRICES = np.geomspace(0.02, 20.0, 61)
+PRICES = np.geomspace(0.02, 20.0, 121)
 """From almost nothing to any token that is not certainly wrong."""
 
-START = 0.25
+START = 0.1
 """Share of the wrong tokens allowed from which prices are tried: below, nothing is at stake."""
 
 HIGHEST = 1 - 1e-6
@@ -100,23 +100,27 @@ class Path:
 
     def __init__(self, sample: Sample, savings: Sequence[float]) -> None:
         self._sample, self._savings = sample, savings
-        self._levels: list[tuple[np.ndarray, np.ndarray]] = []
-        for confidence, agrees in zip(sample.confidence, sample.agrees, strict=True):
-            order = np.argsort(confidence, axis=None, kind="stable")
-            levels = confidence.ravel()[order]
-            right = optimize.isotonic_regression(agrees.ravel()[order].astype(float)).x
-            self._levels.append((levels, np.asarray(right)))
+        self._scales = [
+            _platt(confidence.ravel(), agrees.ravel())
+            for confidence, agrees in zip(sample.confidence, sample.agrees, strict=True)
+        ]
 
     def thresholds(self, price: float) -> list[float]:
         """The confidence at which tokens leave, per exit."""
-        chosen = []
-        for (levels, right), saving in zip(self._levels, self._savings, strict=True):
-            first = int(np.searchsorted(right, max(0.0, 1 - price * saving)))
-            if first == len(levels):
-                chosen.append(NEVER)
-            else:
-                chosen.append(min(max(float(levels[first]), 0.0), HIGHEST))
-        return chosen
+        return [
+            self._threshold(scale, 1 - price * saving)
+            for scale, saving in zip(self._scales, self._savings, strict=True)
+        ]
+
+    @staticmethod
+    def _threshold(scale: tuple[float, float], right: float) -> float:
+        """Where tokens are right with a probability."""
+        slope, offset = scale
+        if right <= 0:
+            return 0.0
+        if slope <= 0:
+            return NEVER  # the gate knows nothing
+        return min(float(special.expit((special.logit(right) - offset) / slope)), HIGHEST)
 
     def first_price(self, disagreement: float) -> float:
         """The first at which as many tokens are wrong; the last if none is so bad."""
@@ -135,6 +139,22 @@ class Path:
                 break
             best = price
         return best
+
+
+def _platt(confidence: np.ndarray, agrees: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of the logit of being right, over the logit of the confidence."""
+    logit = special.logit(np.clip(confidence.astype(np.float64), 1e-6, 1 - 1e-6))
+    sign = np.where(agrees, 1.0, -1.0)
+
+    def loss(scale: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = sign * (scale[0] * logit + scale[1])
+        slack = -sign * special.expit(-margin)
+        return float(np.logaddexp(0, -margin).mean()), np.array(
+            [(slack * logit).mean(), slack.mean()]
+        )
+
+    slope, offset = optimize.minimize(loss, np.array([1.0, 0.0]), jac=True).x
+    return float(slope), float(offset)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""Training of exits: features, adapters, gates, and what the head makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_effplugin.preparation.base import load_model
+from vllm_effplugin.techniques.early_exit import training
+from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig, ExitPoint
+from vllm_effplugin.techniques.early_exit.exits import Exit, LinearAdapter
+from vllm_effplugin.techniques.early_exit.features import capture
+from vllm_effplugin.techniques.early_exit.training import (
+    Trainer,
+    TrainSettings,
+    Verdicts,
+    confidence,
+    ridge,
+)
+
+TOKENS = torch.randint(3, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+DEPTHS = (4, 9)
+
+
+def make_exits(gate: str = "linear", adapter: str = "none", size: int = 128) -> list[Exit]:
+    torch.manual_seed(0)
+    points = [ExitPoint(depth=depth, gate=gate, adapter=adapter) for depth in DEPTHS]
+    config = EarlyExitConfig(exits=tuple(points), gate_width=16)
+    return [Exit(point, config, size) for point in points]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_features_are_the_residual_stream(tiny, family):
+    """As Hugging Face reports it behind each layer."""
+    model = load_model(tiny(family))
+    features = capture(model, TOKENS, DEPTHS, "fp32", batch=4)
+    states = model(TOKENS, output_hidden_states=True, use_cache=False)
+    for index, depth in enumerate(DEPTHS):
+        torch.testing.assert_close(
+            features.exits[index].float(), states.hidden_states[depth], rtol=1e-2, atol=1e-2
+        )
+    final = model.model.norm(features.final.float())
+    torch.testing.assert_close(final, states.hidden_states[-1], rtol=2e-2, atol=2e-2)
+
+
+def test_verdicts_are_those_of_the_logits(tiny):
+    model = load_model(tiny())
+    features = capture(model, TOKENS, DEPTHS, "fp32")
+    hidden, final = features.exits.flatten(1, 2), features.final.flatten(0, 1)
+    exits = make_exits(adapter="linear")
+    with torch.no_grad():
+        exits[1].adapter.correction.weight.normal_(std=0.05)
+    for top_k in (1, 5):
+        ours = Trainer(model, TrainSettings(top_k=top_k)).verdicts(exits, hidden, final)
+        oracle = model.lm_head(model.model.norm(final.float()))
+        for exit, states, verdict in zip(exits, hidden, ours, strict=True):
+            logits = model.lm_head(model.model.norm(exit.adapt(states.float())))
+            token = logits.argmax(-1)
+            assert verdict.agrees.equal(token == oracle.argmax(-1))
+            assert verdict.target.equal((oracle.topk(top_k).indices == token[:, None]).any(-1))
+            torch.testing.assert_close(verdict.probability, logits.softmax(-1).amax(-1))
+        assert (ours[0].target.sum() > ours[0].agrees.sum()) == (top_k == 5)
+
+
+def test_ridge_finds_a_linear_map():
+    torch.manual_seed(0)
+    hidden, truth = torch.randn(4000, 16), 0.3 * torch.randn(16, 16)
+    found = ridge(hidden, hidden + hidden @ truth.T)
+    torch.testing.assert_close(found, truth, atol=5e-3, rtol=0)
+
+
+def test_distillation_improves_on_least_squares(tiny):
+    model = load_model(tiny())
+    features = capture(model, TOKENS, DEPTHS, "fp32")
+    hidden, final = features.exits[1].flatten(0, 1), features.final.flatten(0, 1)
+    settings = TrainSettings(adapter_tokens=144 * 60, batch=72, adapter_rate=3e-3)
+    adapter = LinearAdapter(128)
+    losses = Trainer(model, settings).fit_adapter(adapter, hidden, final)
+    assert len(losses) == 120
+    assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_gates_learn_which_tokens_agree(tiny, kind):
+    """Whether one direction of the hidden state is positive."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 3000, 128)
+    right = [hidden[0, :, 3] > 0, hidden[1, :, 5] > 0.5]
+    verdicts = [Verdicts(r, r, torch.zeros(3000)) for r in right]
+    exits = make_exits(kind)
+    settings = TrainSettings(gate_epochs=30, gate_rate=1e-2, batch=256)
+    losses = Trainer(load_model(tiny()), settings).fit_gates(exits, hidden, verdicts)
+    assert losses[-1] < 0.5 * losses[0]
+    for exit, states, verdict in zip(exits, hidden, verdicts, strict=True):
+        sure = confidence(exit, states, verdict) > 0.5
+        assert (sure == verdict.agrees).float().mean() > 0.9
+
+
+def test_softmax_gates_are_their_own_confidence():
+    verdict = Verdicts(torch.ones(3), torch.ones(3), torch.tensor([0.1, 0.5, 0.9]))
+    [exit, _] = make_exits("softmax")
+    assert confidence(exit, torch.zeros(3, 128), verdict).equal(verdict.probability)
+
+
+def test_later_exits_weigh_more(tiny, monkeypatch):
+    """The loss is the sum of the exits' losses, weighted 1 : 2."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 64, 128)
+    verdicts = [Verdicts(torch.ones(64), torch.rand(64) > 0.3, torch.ones(64)) for _ in range(2)]
+    exits = make_exits()
+    trainer = Trainer(load_model(tiny()), TrainSettings(gate_epochs=1, batch=64))
+    seen = []
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+
+    def recorded(*args):
+        seen.append(float(entropy(*args).detach()))
+        return entropy(*args)
+
+    monkeypatch.setattr(training.nn.functional, "binary_cross_entropy_with_logits", recorded)
+    [loss] = trainer.fit_gates(exits, hidden, verdicts)
+    assert loss == pytest.approx(seen[0] / 3 + 2 * seen[1] / 3, rel=1e-5)

@@ -1,0 +1,93 @@
+"""Tokens guessed from an exit, to be verified by the full model (`exit: "verify"`).
+
+LayerSkip (arXiv 2404.16710, section 3.3) drafts with the first layers of a model and verifies with
+the others. Here vLLM's own rejection sampler verifies, in the requests' next step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.forward_context import set_forward_context
+
+from vllm_effplugin.engine.batch import Step, one_token_each
+from vllm_effplugin.techniques.early_exit.step import pseudo_random
+
+if TYPE_CHECKING:
+    from vllm_effplugin.techniques.early_exit.loop import ExitLoop
+
+Drafts = list[list[int]]
+
+
+class DraftRun:
+    """Drafts for requests that share their first exit.
+
+    Args:
+        loop: the model's parts.
+        step: the step that has run.
+        exit: where drafts come from.
+        thresholds: confidence that a draft needs, per request.
+    """
+
+    def __init__(self, loop: ExitLoop, step: Step, exit: int, thresholds: np.ndarray) -> None:
+        self._loop, self._step, self._exit = loop, step, exit
+        self._thresholds = thresholds
+        self._block_size = loop.ledger.block_size
+        layers = loop.trunk.layers[: loop.exits[exit].point.depth]
+        self._names = [layer.self_attn.attn.layer_name for layer in layers]
+
+    def __call__(
+        self, rows: np.ndarray, positions: np.ndarray, ids: np.ndarray, most: int
+    ) -> Drafts:
+        """Tokens for each of the step's `rows`, whose last tokens `ids` are at `positions`."""
+        drafts: Drafts = [[] for _ in rows]
+        alive = np.arange(len(rows))
+        # A row surely has the block of the last position that the step computed, and no other.
+        blocks = (positions - 1) // self._block_size
+        for ahead in range(most):
+            at = positions[alive] + ahead
+            inside = at // self._block_size == blocks[alive]
+            alive, at, ids = alive[inside], at[inside], ids[inside]
+            if not len(alive):
+                break
+            tokens, scores = self._guess(rows[alive], at, ids)
+            sure = scores >= self._thresholds[alive]
+            alive, ids = alive[sure], tokens[sure]
+            for row, token in zip(alive.tolist(), ids.tolist(), strict=True):
+                drafts[row].append(token)
+        return drafts
+
+    def _guess(
+        self, rows: np.ndarray, positions: np.ndarray, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The exit's most likely next tokens, and its gate's confidence."""
+        loop = self._loop
+        device = self._step.common.seq_lens.device
+        at = torch.from_numpy(positions).to(device)
+        table = self._step.common.block_table_tensor
+        blocks = table[torch.from_numpy(rows).to(device), at // self._block_size]
+        slots = blocks.to(at.dtype) * self._block_size + at % self._block_size
+        metadata = one_token_each(self._step, rows, positions, slots)
+        with set_forward_context(
+            dict.fromkeys(self._names, metadata),
+            loop.vllm_config,
+            num_tokens=len(rows),
+            slot_mapping=dict.fromkeys(self._names, slots),
+        ):
+            hidden, residual = loop.trunk.embed(torch.from_numpy(ids).to(device), None), None
+            gate: list[Tensor] = []
+            for segment in loop.segments[: self._exit + 1]:
+                hidden, residual, *gate = segment(at, hidden, residual)
+        logits = loop.compute_logits(loop.finish(self._exit, hidden + residual))
+        assert logits is not None  # one rank
+        probability, token = logits.float().softmax(-1).max(-1)
+        if gate:
+            scores = gate[0].cpu().numpy()
+        elif loop.exits[self._exit].point.gate == "softmax":
+            scores = probability.cpu().numpy()
+        else:
+            scores = pseudo_random(self._exit, positions, ids)
+        return token.cpu().numpy(), scores
