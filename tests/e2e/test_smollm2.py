@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,6 +18,7 @@ import pytest
 from tests.tiny import engine, isolated, overrides
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
+from vllm_effplugin.engine.admission import VERIFY
 
 PROMPTS = [
     "The capital of France is",
@@ -74,11 +77,69 @@ def test_vllm_serve_needs_no_flag(smollm2, tmp_path):
     checkpoint = tmp_path / "prepared"
     efficiency = parse_efficiency({"layer_parallel": {"groups": [[20, 21], [26, 27]]}})
     write_checkpoint(smollm2, checkpoint, efficiency, provenance={})
+    with serving(checkpoint, tmp_path) as (client, log):
+        question = [{"role": "user", "content": "What is gravity?"}]
+        body = {"model": "demo", "messages": question, "max_tokens": 8, "temperature": 0}
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 8
+        assert client.post("/v1/chat/completions", json={**body, "n": -1}).status_code == 400
+        again = client.post("/v1/chat/completions", json=body)
+        assert again.json()["choices"] == answer.json()["choices"]
+        assert "effplugin" not in client.get("/metrics").text
+    assert "0-19 [20 21] 22-25 [26 27] 28-29" in log.read_text(), "the plan is not in the log"
+
+
+def test_callers_choose_how_to_exit(smollm2, tmp_path):
+    """Exits, none, and verified ones over HTTP; wrong wishes; what `/metrics` shows."""
+    checkpoint = tmp_path / "exits"
+    exits = [{"depth": 24, "gate": "softmax", "threshold": 0.2}]
+    efficiency = parse_efficiency({"early_exit": {"exits": exits, "shadow": 0.5}})
+    write_checkpoint(smollm2, checkpoint, efficiency, provenance={})
+    verify = ["--dtype", "float32", "--speculative-config", json.dumps(VERIFY)]
+    with serving(checkpoint, tmp_path, *verify) as (client, _):
+
+        def complete(**wishes: object) -> httpx.Response:
+            body = {"model": "demo", "prompt": PROMPTS[1], "max_tokens": 40, "temperature": 0}
+            return client.post("/v1/completions", json={**body, "vllm_xargs": wishes})
+
+        def text(**wishes: object) -> str:
+            answer = complete(**wishes)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]["text"]
+
+        full = text(exit="false")
+        assert text(exit="verify") == full
+        early = text()
+        assert early != full
+        for wishes in ({"exit_threshold": 2}, {"exit": "perhaps"}, {"exit_tresh": 1}):
+            refused = complete(**wishes)
+            assert refused.status_code == 400
+            assert next(iter(wishes)) in refused.text
+        assert text() == early
+        shown = dict(
+            line.rsplit(" ", 1)
+            for line in client.get("/metrics").text.splitlines()
+            if not line.startswith("#")
+        )
+    labels = 'engine="0",model_name="demo"'
+    totals = {name: float(value) for name, value in shown.items() if labels in name}
+    fired = totals[f'effplugin_exit_tokens_total{{depth="24",{labels}}}']
+    decoded = totals[f"effplugin_exit_decode_tokens_total{{{labels}}}"]
+    compared = totals[f"effplugin_exit_shadow_tokens_total{{{labels}}}"]
+    assert 0 < compared < fired <= decoded == 2 * 39
+    assert totals[f"effplugin_exit_mean_depth{{{labels}}}"] <= 30
+    assert totals[f"vllm:spec_decode_num_accepted_tokens_total{{{labels}}}"] > 0
+
+
+@contextmanager
+def serving(checkpoint: Path, folder: Path, *options: str) -> Iterator[tuple[httpx.Client, Path]]:
+    """`vllm serve` under the name `demo`: a client of it, and its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     vllm = Path(sys.executable).with_name("vllm")
-    log = tmp_path / "server.log"
+    log = folder / "server.log"
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -87,19 +148,11 @@ def test_vllm_serve_needs_no_flag(smollm2, tmp_path):
     command = [str(vllm), "serve", str(checkpoint), "--port", str(port), "--host", "127.0.0.1"]
     command += ["--enforce-eager", "--max-model-len", "512", "--served-model-name", "demo"]
     with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        server = subprocess.Popen([*command, *options], stdout=file, stderr=file, env=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             _wait_until_healthy(client, server, log)
-            question = [{"role": "user", "content": "What is gravity?"}]
-            body = {"model": "demo", "messages": question, "max_tokens": 8, "temperature": 0}
-            answer = client.post("/v1/chat/completions", json=body)
-            assert answer.status_code == 200, answer.text
-            assert answer.json()["usage"]["completion_tokens"] == 8
-            assert client.post("/v1/chat/completions", json={**body, "n": -1}).status_code == 400
-            again = client.post("/v1/chat/completions", json=body)
-            assert again.json()["choices"] == answer.json()["choices"]
-        assert "0-19 [20 21] 22-25 [26 27] 28-29" in log.read_text(), "the plan is not in the log"
+            yield client, log
     finally:
         server.terminate()
         server.wait(timeout=60)

@@ -23,7 +23,8 @@ from tests.engine.test_layer_parallel_logits import (
     step_logits,
 )
 from tests.tiny import VOCAB, counters, engine, overrides
-from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
+from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.admission import VERIFY
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
@@ -182,6 +183,37 @@ def test_mixed_batches(tiny, family, exits, policy):
             for prompt, (tokens, logits), happened in zip(prompts(), results, events, strict=True):
                 assert replay.difference(prompt, tokens, logits, happened) <= TOLERANCE
         assert counters(llm)["vllm:num_preemptions"] > 0, "the KV cache was not small enough"
+
+
+@pytest.mark.parametrize(
+    ("gate", "adapter", "compaction"),
+    [("linear", "linear", "always"), ("mlp", "none", "auto")],
+)
+def test_trained_exits(tiny, tmp_path, gate, adapter, compaction):
+    """Gates and adapters from a checkpoint; with `auto` the stack runs as one graph at first."""
+    point = {"gate": gate, "adapter": adapter, "threshold": 0.6}
+    block = {"exits": [{"depth": 3, **point}, {"depth": 8, **point}], "compaction": compaction}
+    replay = Replay(tiny(), block)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in torch.nn.ModuleList(replay.exits).parameters():
+            parameter.normal_(std=0.1)
+    tensors = {
+        f"model.exits.{index}.{name}": value.contiguous()
+        for index, exit in enumerate(replay.exits)
+        for name, value in exit.state_dict().items()
+    }
+    efficiency = EfficiencyConfig(early_exit=replay.config)
+    write_checkpoint(tiny(), tmp_path / "exits", efficiency, tensors=tensors, provenance={})
+    options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}
+    with exiting(tmp_path / "exits", block=block, **options) as (llm, _):
+        results = generate(llm, prompts())
+    fired = set()
+    for prompt, (tokens, logits) in zip(prompts(), results, strict=True):
+        decided = replay.decisions(prompt, tokens)
+        fired.update(exit for _, _, exit in decided)
+        assert replay.difference(prompt, tokens, logits, decided) <= TOLERANCE
+    assert fired == {-1, 0, 1}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -156,8 +156,8 @@ def test_resumed_training_equals_an_unbroken_one(tiny: Tiny, tmp_path: Path, tra
     for name, tensor in resumed.replacement_tensors().items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-7, rtol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "train-6.safetensors",
-        "train.json",
+        "distillation-6.safetensors",
+        "distillation.json",
     ]
 
 

@@ -82,6 +82,31 @@ def test_a_checkpoint_with_exits_and_its_figures(run: Run, tmp_path: Path, gate:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_a_tuned_backbone_comes_with_the_checkpoint(
+    run: Run,
+    tmp_path: Path,
+    model: Path,
+    backbone: str,  # noqa: F811
+) -> None:
+    out = tmp_path / "out"
+    options = ["--tune-backbone", backbone, "--tune-tokens", "512", "--tune-rate", "1e-3"]
+    assert run(out, *options, "--min-agreement", "0.2") == 0
+    assert check_checkpoint(out).early_exit is not None
+    ours, base = load_file(out / "model.safetensors"), load_file(model / "model.safetensors")
+    assert ours.keys() == base.keys()
+    assert {name: value.dtype for name, value in ours.items()} == {
+        name: value.dtype for name, value in base.items()
+    }
+    changed = {name for name in base if not base[name].equal(ours[name])}
+    assert any(".q_proj." in name for name in changed)
+    assert all(".layers." in name for name in changed)
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    tuning = json.loads((out / "provenance.json").read_text())["tuning"]
+    assert 0.1 < tuning["agreement"] < 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_no_exit_is_written_where_none_pays(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,7 +152,7 @@ def test_interrupted_run_resumes_to_the_same_tensors(
     assert run(out, *DISTILL) == 130
     assert not out.exists()
     work = tmp_path / ".broken.work"
-    assert (work / "train.json").exists()
+    assert (work / "distillation.json").exists()
     assert (work / "repair.safetensors").exists()
     monkeypatch.setattr(prepare, "_repair", None)  # is not run again
 

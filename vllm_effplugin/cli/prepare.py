@@ -167,11 +167,17 @@ def parse_groups(text: str) -> list[list[int]]:
         raise ConfigError(f'--groups {text!r} is not of the form "12,13;14,15"') from None
 
 
+_SECTIONS = ("search", "distill", "train", "tune")
+"""Of requests, which options do not name."""
+
+
 def _describe(error: Any) -> str:
     """A validation error in terms of options."""
     problems = []
     for item in error.errors():
-        names = [str(part) for part in item["loc"] if part not in ("search", "distill", "train")]
+        names = [
+            str(part) for part in item["loc"] if part not in ("search", "distill", "train", "tune")
+        ]
         option = f"--{names[0].replace('_', '-')}: " if names else ""
         problems.append(option + item["msg"].removeprefix("Value error, "))
     return "; ".join(problems)
@@ -198,6 +204,14 @@ class CachePolicy(StrEnum):
     recompute = "recompute"
     propagate = "propagate"
     copy = "copy"
+
+
+class Backbone(StrEnum):
+    """What exit-aware fine-tuning trains."""
+
+    none = "none"
+    lora = "lora"
+    full = "full"
 
 
 @app.command("early-exit")
@@ -237,6 +251,18 @@ def early_exit(
         int, typer.Option(help="Tokens of distillation per adapter; 0: least squares alone.", min=0)
     ] = 32768,
     gate_epochs: Annotated[int, typer.Option(help="Passes over the text for gates.", min=1)] = 20,
+    tune_backbone: Annotated[
+        Backbone, typer.Option(help="Teach early layers to say what the last one says (LayerSkip).")
+    ] = Backbone.none,
+    tune_tokens: Annotated[
+        int, typer.Option(help="Tokens of that; the text repeats when it is shorter.", min=1)
+    ] = 131072,
+    tune_rate: Annotated[
+        float | None, typer.Option(help="Its learning rate; by default one that suits.")
+    ] = None,
+    layer_dropout: Annotated[
+        float, typer.Option(help="How often that drops the last layer; others less often.")
+    ] = 0.1,
     text: Annotated[
         Path | None, typer.Option(help=".txt or .jsonl file; else the model writes the text.")
     ] = None,
@@ -268,7 +294,19 @@ def early_exit(
     from vllm_effplugin.preparation.precision import default_precision
     from vllm_effplugin.techniques.early_exit.prepare import PrepareRequest
     from vllm_effplugin.techniques.early_exit.prepare import prepare as run
+    from vllm_effplugin.techniques.early_exit.tune import LEARNING_RATES
 
+    working = default_precision() if precision is Precision.auto else precision.value
+    tune: dict[str, Any] | None = None
+    if tune_backbone is not Backbone.none:
+        tune = {
+            "train": tune_backbone.value,
+            "tokens": tune_tokens,
+            "learning_rate": tune_rate or LEARNING_RATES[tune_backbone.value],
+            "layer_dropout": layer_dropout,
+            "precision": working,
+            "seed": seed,
+        }
     try:
         request = PrepareRequest.model_validate(
             {
@@ -285,11 +323,10 @@ def early_exit(
                     "adapter_tokens": adapter_tokens,
                     "gate_epochs": gate_epochs,
                     "top_k": top_k,
-                    "precision": (
-                        default_precision() if precision is Precision.auto else precision.value
-                    ),
+                    "precision": working,
                     "seed": seed,
                 },
+                "tune": tune,
                 "text": text,
                 "text_tokens": text_tokens,
                 "held_out_tokens": held_out_tokens,

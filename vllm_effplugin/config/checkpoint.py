@@ -202,6 +202,7 @@ def write_checkpoint(
     provenance: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
+    copy: bool = False,
 ) -> None:
     """Write an efficient checkpoint beside its final place, check it, then move it there.
 
@@ -214,6 +215,7 @@ def write_checkpoint(
         provenance: what `provenance.json` says.
         files: further files of the `efficiency` folder, such as plots.
         overwrite: replace a non-empty `out`.
+        copy: copy the base model's files instead.
 
     Raises:
         CheckpointError: when `out` must not or cannot be written.
@@ -225,7 +227,7 @@ def write_checkpoint(
     with staged_directory(out, overwrite=overwrite) as staging:
         for source in base.iterdir():
             if source.name not in ("config.json", PROVENANCE) and source.is_file():
-                _link(source, staging / source.name)
+                (shutil.copy2 if copy else _link)(source, staging / source.name)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         if tensors or files:

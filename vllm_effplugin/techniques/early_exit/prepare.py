@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,12 @@ from rich.console import Console
 from torch import Tensor
 
 from vllm_effplugin.config import EfficiencyConfig
-from vllm_effplugin.config.checkpoint import read_model_config, require_output, write_checkpoint
+from vllm_effplugin.config.checkpoint import (
+    PROVENANCE,
+    read_model_config,
+    require_output,
+    write_checkpoint,
+)
 from vllm_effplugin.config.provenance import collect_provenance
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.offline import run_with_engine
@@ -57,6 +63,7 @@ from vllm_effplugin.techniques.early_exit.thresholds import (
     Path as PricePath,
 )
 from vllm_effplugin.techniques.early_exit.training import Trainer, TrainSettings, confidence
+from vllm_effplugin.techniques.early_exit.tune import Tuner, TuneSettings
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +74,9 @@ WORTH_IT = 1.01
 """Forecast speed from which exits are written."""
 
 FRONTIER_POINTS = 16
+SAVED = ("config.json", "generation_config.json", "model.safetensors.index.json", PROVENANCE)
+"""Files of a checkpoint directory that saving a tuned model writes, or that are not its own."""
+
 MOST_EXITS = 6
 """All subsets of the exits are tried."""
 
@@ -88,6 +98,7 @@ class PrepareRequest(BaseModel):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     batches: tuple[int, ...] = Field((1, 8, 32), min_length=1)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    tune: TuneSettings | None = Field(None, description="Fine-tune the backbone first.")
     text: Path | None = Field(None, description="A file; else the model writes the text.")
     text_tokens: int = Field(65536, ge=1, description="Most tokens to train and choose on.")
     held_out_tokens: int = Field(32768, ge=1, description="Tokens to test the promise on.")
@@ -172,9 +183,13 @@ def prepare(
     else:
         text = Calibration(**kept)
 
+    base, tuning = model, None
+    if request.tune is not None:
+        base, tuning = _tune(model, depths, request.tune, text, work)
     everything = request.config(depths, [0.5] * len(depths))
+    torch.manual_seed(request.seed)
     exits = [Exit(p, everything, _hidden_size(model)) for p in everything.exits]
-    choosing, held_out, losses = _train(model, exits, depths, text, request, work)
+    choosing, held_out, losses = _train(base, exits, depths, text, request, work)
     tensors = _stored(exits, read_model_config(model))
 
     machine = work.result("machine", Machine)
@@ -183,7 +198,7 @@ def prepare(
         candidate = work.folder / "candidate"
         efficiency = EfficiencyConfig(early_exit=everything)
         write_checkpoint(
-            model, candidate, efficiency, tensors=tensors, provenance={}, overwrite=True
+            base, candidate, efficiency, tensors=tensors, provenance={}, overwrite=True
         )
         machine = Machine.model_validate(
             run_with_engine(measure_machine, str(candidate), request.batches)
@@ -198,6 +213,11 @@ def prepare(
     frontier = list(_frontier(path, chosen, held_out, machine, depths, request))
 
     reports = _reports(everything, chosen, promise, held_out)
+    if tuning is not None:
+        console.print(
+            f"The tuned model without exits says what the original says for {tuning.agreement:.1%} "
+            "of the held-out tokens; agreement below is with the tuned model."
+        )
     console.print(exits_table(reports))
     if promise is not None:
         console.print(forecast_table(promise, forecasts, request.confidence))
@@ -213,7 +233,7 @@ def prepare(
             "exits."
         )
     write_checkpoint(
-        model,
+        base,
         out,
         EfficiencyConfig(early_exit=config),
         tensors=_renumbered(tensors, chosen) if config.exits else None,
@@ -228,9 +248,11 @@ def prepare(
             "frontier": [item.model_dump() for item in frontier],
             "machine": machine.model_dump(),
             "training": losses,
+            "tuning": None if tuning is None else tuning.model_dump(),
         },
         files={"frontier.png": frontier_png(frontier, promise, forecasts)},
         overwrite=overwrite,
+        copy=base != model,  # what lies in the work directory goes with it
     )
     work.remove()
     return Outcome(config, promise, forecasts)
@@ -240,6 +262,8 @@ def _depths(request: PrepareRequest, num_layers: int) -> tuple[int, ...]:
     depths = request.exits
     if depths is None:
         depths = tuple(sorted({num_layers * part // 12 for part in (7, 9, 10)} - {0}))
+    if list(depths) != sorted(set(depths)):
+        raise ConfigError(f"--exits must be increasing depths, got {list(depths)}")
     if len(depths) > MOST_EXITS:
         raise ConfigError(f"--exits: at most {MOST_EXITS} exits, got {len(depths)}")
     request.config(depths, [NEVER] * len(depths)).check_depths(num_layers)
@@ -250,7 +274,53 @@ def _hidden_size(model: Path) -> int:
     return int(read_model_config(model)["hidden_size"])
 
 
+class Tuning(BaseModel):
+    """What tuning the backbone did.
+
+    Attributes:
+        agreement: share of held-out tokens on which the tuned and the original model agree.
+        loss: KL(original || tuned) of the last layer over the steps, in nats.
+        seconds: spent in steps.
+    """
+
+    agreement: float
+    loss: list[float]
+    seconds: float
+
+
 # --- Training ------------------------------------------------------------------------------------
+
+
+def _tune(
+    model: Path,
+    depths: Sequence[int],
+    settings: TuneSettings,
+    text: Calibration,
+    work: WorkDirectory,
+) -> tuple[Path, Tuning]:
+    """The checkpoint directory of the tuned model, in the work directory."""
+    folder = work.folder / "tuned"
+    result = work.result("tuned", Tuning)
+    if result is not None:
+        return folder, result
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(model).to(device)
+    before = capture(loaded, text.held_out, depths, "fp32").final
+    tuner = Tuner(loaded, depths, settings, text.train.to(device))
+    tuner.train(work.folder)
+    tuned = tuner.finish().eval()
+    tuned.to(_base_dtype(read_model_config(model)))
+    if folder.exists():
+        shutil.rmtree(folder)
+    tuned.save_pretrained(folder)
+    for source in model.iterdir():  # the tokenizer, and whatever else stands beside the weights
+        if source.is_file() and source.suffix != ".safetensors" and source.name not in SAVED:
+            shutil.copy2(source, folder / source.name)
+    after = capture(tuned.float(), text.held_out, depths, "fp32").final
+    same = Trainer(tuned, TrainSettings()).same_token(before.flatten(0, 1), after.flatten(0, 1))
+    result = Tuning(agreement=same, loss=_thinned(tuner.losses), seconds=round(tuner.seconds, 1))
+    work.save_result("tuned", result)
+    return folder, result
 
 
 def _train(

@@ -135,6 +135,15 @@ class Trainer:
                 bar.update(len(best))
         return [Verdicts(*parts) for parts in zip(agrees, target, probability, strict=True)]
 
+    @torch.inference_mode()
+    def same_token(self, one: Tensor, other: Tensor) -> float:
+        """Share of tokens whose most likely successor is the same under two final states."""
+        same = sum(
+            int((self._logits(a).argmax(-1) == self._logits(b).argmax(-1)).sum())
+            for a, b in zip(one.split(HEAD_CHUNK), other.split(HEAD_CHUNK), strict=True)
+        )
+        return same / len(one)
+
     def _logits(self, states: Tensor, exit: Exit | None = None) -> Tensor:
         """`[N, V]` in fp32 from `[N, d]` states."""
         states = states.to(self._device).float()

@@ -16,29 +16,21 @@ Shapes: `B` sequences, `S` positions, `d` hidden size, `V` vocabulary, `N` = `B 
 from __future__ import annotations
 
 import copy
-import json
-import math
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from pydantic import Field
+from torch import Tensor
 
 from vllm_effplugin.plan import Unit
 from vllm_effplugin.preparation.head import HeadDivergence
-from vllm_effplugin.preparation.precision import Precision, autocast
+from vllm_effplugin.preparation.lora import add_lora
+from vllm_effplugin.preparation.precision import autocast
+from vllm_effplugin.preparation.trainer import TrainerSettings, WindowTrainer
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
-
-LORA_RANK = 32
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 LEARNING_RATES = {"lora": 2e-3, "full": 3e-4}
 """Defaults for the short training of a small model; the paper's 1e-4 suits 8,000 long steps."""
@@ -47,29 +39,16 @@ TEACHER_BYTES = 2 << 30
 """Teacher states to keep, where the text repeats and all of it fits."""
 
 
-class DistillSettings(BaseModel):
+class DistillSettings(TrainerSettings):
     """How to train."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tokens: int = Field(ge=1, description="Training tokens; the text repeats when it is shorter.")
     train: Literal["lora", "full"] = "lora"
-    learning_rate: float = Field(1e-4, gt=0)
     matching: float = Field(
         10.0, ge=0, description="Weight of the hidden states' mismatch; 0 is the paper's loss."
     )
-    warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps.")
-    batch: int = Field(4, ge=1, description="Sequences per step.")
-    precision: Precision = "fp32"
-    seed: int = 0
-    save_seconds: float = Field(60.0, ge=0, description="Time between two saved states.")
-
-    def steps(self, sequence_length: int) -> int:
-        """Optimiser steps: at least `tokens` tokens."""
-        return math.ceil(self.tokens / (self.batch * sequence_length))
 
 
-class Distiller:
+class Distiller(WindowTrainer):
     """Trains the grouped layers of one model.
 
     Trained weights and optimiser state are fp32; under `bf16` everything frozen is bf16 and the
@@ -92,13 +71,9 @@ class Distiller:
         tokens: Tensor,
         initial: Mapping[str, Tensor] | None = None,
     ) -> None:
+        super().__init__(settings, tokens, "distillation")
         self.config = config
         self.settings = settings
-        self.tokens = tokens
-        self.step = 0
-        self.total_steps = settings.steps(tokens.shape[1])
-        self.losses: list[float] = []
-        self.seconds = 0.0
         num_layers = int(model.config.num_hidden_layers)
         units = partition_units(config.resolve_groups(num_layers), num_layers)
         first = next(i for i, unit in enumerate(units) if unit.is_group)
@@ -116,7 +91,7 @@ class Distiller:
         torch.manual_seed(settings.seed)
         if settings.train == "lora":
             self._restore_initial(model)
-            self._peft = _add_lora(model, self.grouped)
+            self._peft = add_lora(model, self.grouped)
         else:
             for layer in self.grouped:
                 model.model.layers[layer].float().requires_grad_(True)
@@ -127,45 +102,7 @@ class Distiller:
         size = states * tokens.numel() * int(model.config.hidden_size) * compute.itemsize
         repeats = self.total_steps * settings.batch > len(tokens)
         self._keep_teacher = repeats and size <= TEACHER_BYTES
-        self.trainable = {
-            name: value for name, value in model.named_parameters() if value.requires_grad
-        }
-        self._optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-        )
-
-    def train(self, state: Path | None = None, *, stop_after: int | None = None) -> None:
-        """Train to the end, from the state in `state` where there is one.
-
-        Args:
-            state: folder for the training state, written from time to time.
-            stop_after: end early after this many steps, state saved.
-        """
-        if state is not None and (state / "train.json").exists():
-            self._load(state)
-        sequence_length = self.tokens.shape[1]
-        saved = time.monotonic()
-        with tqdm(
-            total=self.total_steps * self.settings.batch * sequence_length,
-            initial=self.step * self.settings.batch * sequence_length,
-            desc="distillation",
-            unit="tok",
-            unit_scale=True,
-        ) as bar:
-            for rows in self._batches():
-                started = time.monotonic()
-                self.losses.append(self._optimise(rows))
-                self.step += 1
-                self.seconds += time.monotonic() - started
-                bar.set_postfix(loss=f"{_recent(self.losses):.4f}", refresh=False)
-                bar.update(len(rows) * sequence_length)
-                stopping = self.step in (stop_after, self.total_steps)
-                due = time.monotonic() - saved > self.settings.save_seconds
-                if state is not None and (stopping or due):
-                    self._save(state)
-                    saved = time.monotonic()
-                if stopping:
-                    return
+        self.optimise({n: value for n, value in model.named_parameters() if value.requires_grad})
 
     def replacement_tensors(self) -> dict[str, Tensor]:
         """All tensors of the grouped layers, LoRA merged, in the dtypes of the base checkpoint.
@@ -223,34 +160,10 @@ class Distiller:
             self._known.update(zip(wanted, stacked, strict=True))
         return stacked, context
 
-    def _optimise(self, rows: Tensor) -> float:
-        """One step; the KL before it, in nats."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * self._schedule()
+    def objective(self, rows: Tensor) -> tuple[Tensor, float]:
+        """The distillation loss, and its KL in nats."""
         divergence, mismatch = self.loss(rows)
-        (divergence + self.settings.matching * mismatch).backward()
-        nn.utils.clip_grad_norm_(self.trainable.values(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return float(divergence.detach())
-
-    def _schedule(self) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        warmup = self.settings.warmup * self.total_steps
-        if self.step < warmup:
-            return (self.step + 1) / (warmup + 1)
-        progress = (self.step - warmup) / max(1.0, self.total_steps - warmup)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-    def _batches(self) -> Iterator[Tensor]:
-        """Rows of the batches still to come; they depend on seed and step alone."""
-        size = min(self.settings.batch, len(self.tokens))
-        per_epoch = len(self.tokens) // size
-        for step in range(self.step, self.total_steps):
-            epoch, place = divmod(step, per_epoch)
-            generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-            order = torch.randperm(len(self.tokens), generator=generator)
-            yield order[place * size : (place + 1) * size]
+        return divergence + self.settings.matching * mismatch, float(divergence.detach())
 
     @torch.no_grad()
     def _merge(self) -> None:
@@ -267,38 +180,6 @@ class Distiller:
             if initial is not None:  # None: a LoRA weight
                 value.copy_(initial)
 
-    def _save(self, folder: Path) -> None:
-        """Write weights and optimiser state, then what points at them: never half of a pair."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name, value in self.trainable.items():
-            tensors[f"weight.{name}"] = value.detach()
-            for key, moment in self._optimizer.state[value].items():
-                tensors[f"{key}.{name}"] = moment
-        weights = folder / f"train-{self.step}.safetensors"
-        save_file(tensors, weights)
-        pointer = folder / "train.json.tmp"
-        progress = {"step": self.step, "losses": self.losses, "seconds": self.seconds}
-        pointer.write_text(json.dumps(progress))
-        os.replace(pointer, folder / "train.json")
-        for old in folder.glob("train-*.safetensors"):
-            if old != weights:
-                old.unlink()
-
-    @torch.no_grad()
-    def _load(self, folder: Path) -> None:
-        state: Mapping[str, Any] = json.loads((folder / "train.json").read_text())
-        self.step, self.losses = state["step"], state["losses"]
-        self.seconds = state["seconds"]
-        tensors = load_file(folder / f"train-{self.step}.safetensors")
-        for name, value in self.trainable.items():
-            value.copy_(tensors[f"weight.{name}"])
-            self._optimizer.state[value] = {
-                "step": tensors[f"step.{name}"],
-                "exp_avg": tensors[f"exp_avg.{name}"].to(value.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(value.device),
-            }
-
 
 def _relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over tokens of `|s - t|^2 / |t|^2`; a few huge tokens must not outweigh the rest."""
@@ -310,21 +191,6 @@ def _relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def apply_replacements(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Load replacement tensors into a Hugging Face model that has all of them."""
     model.load_state_dict(dict(tensors), strict=False)
-
-
-def _add_lora(model: Any, layers: list[int]) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=LORA_RANK,
-        lora_dropout=0.0,
-        target_modules=list(LORA_TARGETS),
-        layers_to_transform=layers,
-        layers_pattern="layers",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)  # LoRA weights are fp32 also on a bf16 model
 
 
 def layer_tensors(model: Any, layers: Sequence[int]) -> dict[str, Tensor]:
@@ -340,8 +206,3 @@ def with_own_layers(model: Any, layers: list[int]) -> Any:
         if not name.startswith(tuple(f"model.layers.{layer}." for layer in layers)):
             memo[id(parameter)] = parameter
     return copy.deepcopy(model, memo)
-
-
-def _recent(losses: list[float]) -> float:
-    last = losses[-20:]
-    return sum(last) / len(last)
