@@ -60,6 +60,20 @@ def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Path
     return folder
 
 
+def add_tokenizer(folder: Path) -> None:
+    """One token per character."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab |= {chr(code): code for code in range(3, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
 def overrides(family: str, efficiency: dict[str, Any] | None) -> dict[str, Any]:
     """`hf_overrides` that serve a stock checkpoint through our architecture."""
     changed: dict[str, Any] = {

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.tiny import engine, isolated, overrides
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.admission import VERIFY
+from vllm_effplugin.techniques.early_exit.step import pseudo_random
 
 PROMPTS = [
     "The capital of France is",
@@ -70,6 +72,52 @@ def test_a_trivial_plan_gives_the_stock_models_tokens(smollm2):
     assert len(stock) == 20
     trivial = overrides("Llama", {"layer_parallel": {"groups": []}})
     assert isolated(greedy, smollm2, trivial) == stock
+
+
+HALF = {"exits": [{"depth": 20, "gate": "rate", "threshold": 0.5}], "compaction": "always"}
+
+
+def predictions(model: Path) -> list[tuple[int, int, int, bool]]:
+    """For each decoded token: itself, what the exact model says, again, and whether it left.
+
+    Half the tokens leave at layer 20 under `recompute`, in bf16. What the exact model says is
+    computed over the finished texts, all at once and one by one: the noise of bf16.
+    """
+    from vllm import SamplingParams
+
+    rows = []
+    options = {"skip_tokenizer_init": False, "dtype": "bfloat16", "enable_prefix_caching": False}
+    with engine(model, hf_overrides=overrides("Llama", {"early_exit": HALF}), **options) as llm:
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        whole = [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+        exact = SamplingParams(max_tokens=1, prompt_logprobs=1, extra_args={"exit": False})
+        inputs = [{"prompt_token_ids": ids} for ids in whole]
+        together = llm.generate(inputs, exact, use_tqdm=False)
+        alone = [llm.generate([one], exact, use_tqdm=False)[0] for one in inputs]
+        for output, ids, *scored in zip(outputs, whole, together, alone, strict=True):
+            for position in range(len(output.prompt_token_ids) + 1, len(ids)):
+                last = position - 1  # the token that was run to get this one
+                [draw] = pseudo_random(0, np.array([last]), np.array([ids[last]]))
+                best = [
+                    min(ranks, key=lambda token, ranks=ranks: ranks[token].rank)
+                    for ranks in (score.prompt_logprobs[position] for score in scored)
+                ]
+                rows.append((ids[position], *best, bool(draw >= 0.5)))
+    return rows
+
+
+def test_tokens_that_stay_do_not_suffer_from_those_that_left(smollm2):
+    """Under `recompute` they agree with the exact model as well as bf16 agrees with itself."""
+    rows = isolated(predictions, smollm2)
+    stayed, left = ([row for row in rows if row[3] == early] for early in (False, True))
+    agreement = sum(ours == exact for ours, exact, _, _ in stayed) / len(stayed)
+    floor = sum(again == exact for _, exact, again, _ in stayed) / len(stayed)
+    guesses = sum(ours == exact for ours, exact, _, _ in left) / len(left)
+    print(f"agreement: stayed {agreement:.4f}, bf16 {floor:.4f}, left at 20 {guesses:.4f}")
+    assert 0.4 < len(left) / len(rows) < 0.6
+    assert agreement >= floor - 0.02
+    assert guesses < 0.6, "exits at random are bad guesses; were they taken?"
 
 
 def test_vllm_serve_needs_no_flag(smollm2, tmp_path):

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import LAYERS
-from tests.unit.test_prepare import model, text  # noqa: F401
 from vllm_effplugin.cli import main as cli
 from vllm_effplugin.config.checkpoint import check_checkpoint
 from vllm_effplugin.techniques.early_exit import prepare
@@ -39,7 +38,7 @@ def machine(segment_seconds: float, whole_seconds: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Run:  # noqa: F811
+def run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command line as the console script does; returns its exit code."""
 
     def command(out: Path, *options: str, measured: dict[str, Any] | None = None) -> int:
@@ -87,7 +86,7 @@ def test_a_tuned_backbone_comes_with_the_checkpoint(
     run: Run,
     tmp_path: Path,
     model: Path,
-    backbone: str,  # noqa: F811
+    backbone: str,
 ) -> None:
     out = tmp_path / "out"
     options = ["--tune-backbone", backbone, "--tune-tokens", "512", "--tune-rate", "1e-3"]

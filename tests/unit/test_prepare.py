@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import VOCAB, make_checkpoint
 from vllm_effplugin.cli import evaluate
 from vllm_effplugin.cli import main as cli
 from vllm_effplugin.cli.evaluate import Scores, summarise
@@ -28,34 +27,6 @@ from vllm_effplugin.techniques.layer_parallel.distill import Distiller
 
 TRAINED = parse_efficiency({"layer_parallel": {"groups": [[4, 5]], "trained": True}})
 DISTILL = ["--groups", "4,5;6,7,8", "--distill-tokens", "384", "--precision", "fp32"]
-
-
-def add_tokenizer(folder: Path) -> None:
-    """One token per character."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocab |= {chr(code): code for code in range(3, VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_checkpoint(tmp_path_factory.mktemp("prepare") / "model")
-    add_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(chr(33 + i * i % 90) for i in range(16 * 40)))
-    return path
 
 
 Run = Callable[..., int]
