@@ -15,6 +15,9 @@ MODEL ?=
 SERVE_ARGS ?=
 PREPARE_ARGS ?= --groups "12,13;17,18;21,22;26,27" --bypass 1
 PYTEST_ARGS ?=
+# Tests run side by side, each worker on a core of its own (tests/conftest.py); 3 GiB each.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0))))' \
+	2>/dev/null || echo 2)
 
 # Packages come without byte code (patches/install.py); vLLM starts four processes, and each would
 # compile for ten seconds what it imports if the first could not keep it.
@@ -58,7 +61,7 @@ serve: free-port install $(if $(MODEL),,$(PREPARED)/config.json)  ## serve the d
 	exec $(VENV)/bin/vllm serve $(or $(MODEL),$(PREPARED)) --port $(PORT) $(SERVE_ARGS)
 
 test: install-test lint  ## install what the tests need, then lint and run them all
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: install-test  ## ruff and mypy
 	$(VENV)/bin/ruff check .

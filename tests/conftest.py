@@ -9,6 +9,20 @@ import pytest
 
 os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
 
+
+def _take_a_core(worker: str) -> None:
+    """Give a worker of pytest-xdist one core: two pools of threads on the same cores collapse.
+
+    Before torch is imported, which counts the cores. What the worker starts inherits it.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    _take_a_core(os.environ["PYTEST_XDIST_WORKER"])
+
 from tests.tiny import make_checkpoint
 
 

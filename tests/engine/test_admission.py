@@ -65,6 +65,10 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
             "verified early exits.*--tensor-parallel-size",
         ),
         (PAIRS, {"speculative_config": VERIFY}, "--speculative-config.*no exits"),
+        (EXITS, {"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill.*early exit"),
+        (EXITS, {"kv_offloading_size": 1.0}, "--kv-offloading-size.*early exit"),
+        (EXITS, {"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*early exit"),
+        (EXITS, {"enable_prompt_embeds": True}, "--enable-prompt-embeds.*early exit"),
         ({**EXITS, "split_after": [6]}, {}, "split_after"),
         ({**EXITS, **PAIRS}, {}, "`early_exit` and `layer_parallel`"),
         ({"early_exit": {"exits": [{"depth": 12}]}}, {}, "depth 12.*12 layers"),
@@ -74,6 +78,12 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
 def test_refused(tiny, efficiency, options, named):
     with pytest.raises(ValueError, match=f"(?s){named}"):
         build(tiny(), efficiency=efficiency, **options)
+
+
+def test_runner_v2_with_exits_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        build(tiny(), efficiency=EXITS)
 
 
 def test_a_draft_model_is_refused(tiny):

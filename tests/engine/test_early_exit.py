@@ -380,6 +380,22 @@ def test_verified_and_other_requests_share_a_batch(tiny):
             assert replay.difference(prompt, tokens, logits, events) <= TOLERANCE
 
 
+def test_a_request_at_the_length_limit_changes_no_other(tiny):
+    """Near it the runner stops drafting for all, and would make all verify zeros instead."""
+    block = {"exits": SOME, "cache": "recompute"}
+    replay = Replay(tiny(), block)
+    requests = [prompts()[4][:60], *(prompt[:20] for prompt in prompts()[:3])]
+    options = {"max_model_len": 96, "enable_prefix_caching": False, "speculative_config": VERIFY}
+    with exiting(tiny(), block=block, **options) as (llm, _):
+        results = ask(llm, requests, *[{}] * 4, max_tokens=60, logprobs=-1)
+    for prompt, result in zip(requests, results, strict=True):
+        tokens = list(result.outputs[0].token_ids)
+        assert len(tokens) == min(60, 96 - len(prompt))
+        decided = replay.decisions(prompt, tokens)
+        logits = step_logits(result.outputs[0])
+        assert replay.difference(prompt, tokens, logits, decided) <= TOLERANCE
+
+
 def test_verify_needs_a_server_that_can(tiny):
     from vllm.exceptions import VLLMValidationError
 

@@ -49,14 +49,16 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_prometheus_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "counters_path", lambda instance: tmp_path / instance)
+    monkeypatch.setattr(
+        metrics, "counters_path", lambda *engine: tmp_path / "{}-{}".format(*engine)
+    )
     collector = ExitCollector()
     try:
         collector.watch("one", "some/model", (10, 20), 30)
         collector.watch("two", "some/model", (5,), 30, replicas=2)
         assert "some/model" not in generate_latest().decode()
-        fill(publish(tmp_path / "one", 2))
-        publish(tmp_path / "two_dp1", 1)
+        fill(publish(tmp_path / "one-0", 2))
+        publish(tmp_path / "two-1", 1)
         shown = generate_latest().decode()
     finally:
         REGISTRY.unregister(collector)

@@ -17,6 +17,7 @@ def machine(weights: float, token: float, overhead: float = 0.0, fill: bool = Fa
     return Machine(
         sizes=SIZES,
         whole=[3 * second for second in part],
+        head=[0.5] * len(SIZES),
         segments=[part, part, part],
         overhead=overhead,
         fill=[0.0, 0.0] if fill else None,
@@ -36,6 +37,17 @@ def test_nothing_fires_nothing_changes() -> None:
     result = forecast(machine(1, 0.1), config("recompute", 10, 20), [0, 1], fires, 8)
     assert result.speed == pytest.approx(1)
     assert result.layer_tokens == pytest.approx(1)
+
+
+@pytest.mark.parametrize("fires", [-1, 0, 1])
+def test_softmax_gates_run_the_head(fires: int) -> None:
+    """At each exit that a token comes to, whether it leaves or not."""
+    exits = [{"depth": depth, "gate": "softmax", "threshold": 0.5} for depth in (10, 20)]
+    softmax = EarlyExitConfig.model_validate({"exits": exits, "cache": "propagate"})
+    measured = machine(1, 0.1, fill=True)
+    result = forecast(measured, softmax, [0, 1], np.full((4, 64), fires), 1)
+    stack = {-1: 3 * 1.1 + 1, 0: 1.1 + 0.5, 1: 2 * 1.1 + 1}[fires]
+    assert result.speed == pytest.approx((3 * 1.1 + 1) / (stack + 1), rel=0.02)
 
 
 def test_all_leave_under_propagate() -> None:

@@ -28,6 +28,7 @@ def machine(segment_seconds: float, whole_seconds: float) -> dict[str, Any]:
     return {
         "sizes": SIZES,
         "whole": [whole_seconds] * len(SIZES),
+        "head": [0.0] * len(SIZES),
         "segments": [[segment_seconds] * len(SIZES)] * (EXITS + 1),
         "overhead": 0.0,
         "fill": None,
@@ -158,6 +159,8 @@ def test_an_interrupted_run_resumes_to_the_same_tensors(
         (["--exits", "4;8"], "--exits"),
         (["--min-agreement", "1.5"], "--min-agreement"),
         (["--batches", "one"], "--batches"),
+        (["--batches", "8,0"], "--batches"),
+        (["--exits", "0,4"], "--exits"),
         (["--top-k", "0"], "--top-k"),
     ],
 )

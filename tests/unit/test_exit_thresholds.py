@@ -56,7 +56,14 @@ def test_tokens_that_are_alike_count_for_less() -> None:
 
 
 def test_no_error_seen_is_not_no_error() -> None:
-    assert disagreement_bound(np.zeros((59, 10), dtype=bool), 0.95) == pytest.approx(0.05, abs=1e-3)
+    """None of 59 is less than 5 %; and one error more never is a better sign."""
+    assert disagreement_bound(np.zeros((59, 1), dtype=bool), 0.95) == pytest.approx(0.05, abs=1e-3)
+    wrong = np.zeros((50, 20), dtype=bool)
+    bounds = []
+    for row in range(4):
+        bounds.append(disagreement_bound(wrong, 0.95))
+        wrong[row, 0] = True
+    assert bounds == sorted(bounds)
     assert disagreement_bound(np.ones((4, 10), dtype=bool), 0.95) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import shutil
@@ -188,8 +189,12 @@ def measure_exits(
         exits.Measured.model_validate(row)
         for row in run_with_engine(exits.measure_settings, str(checkpoint), *arguments)
     ]
+    ends = _end_tokens(checkpoint, tokenizer)
     scores: list[float | None] = [
-        accuracy(asked, tokenizer.batch_decode(row.outputs)) if asked else None for row in rows
+        accuracy(asked, tokenizer.batch_decode([_until(ids, ends) for ids in row.outputs]))
+        if asked
+        else None
+        for row in rows
     ]
     title = f"{len(inputs)} prompts, {shape.new_tokens} tokens each; {exits.describe(efficiency)}"
     Console().print(exits.settings_table(rows, scores, title))
@@ -204,6 +209,21 @@ def measure_exits(
             for row, score in zip(rows, scores, strict=True)
         ],
     }
+
+
+def _end_tokens(checkpoint: Path, tokenizer: Any) -> set[int]:
+    """Tokens that end a reply."""
+    ends = {tokenizer.eos_token_id}
+    path = checkpoint / "generation_config.json"
+    if path.is_file():
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ends.update(listed if isinstance(listed, list) else [listed])
+    return {end for end in ends if end is not None}
+
+
+def _until(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """The tokens before the first that ends the reply."""
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 def summarise(reference: Scores, scores: Scores, context: int) -> dict[str, Any]:

@@ -205,6 +205,33 @@ def _refuse_with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
             "verified early exits (--speculative-config) are not supported with "
             "--tensor-parallel-size > 1: use one rank, or leave --speculative-config off"
         )
+    if model.runner_type == "pooling":
+        raise UnsupportedError(f"--runner pooling is not supported with early exit yet: {way_out}")
+    if model.enable_prompt_embeds:
+        raise UnsupportedError(
+            f"--enable-prompt-embeds is not supported with early exit: leave it off, or {way_out}"
+        )
+    cache = vllm_config.cache_config
+    if cache.kv_sharing_fast_prefill:
+        raise UnsupportedError(
+            "--kv-sharing-fast-prefill is not supported with early exit, which cuts batches by "
+            f"rules of its own: leave it off, or {way_out}"
+        )
+    if cache.kv_offloading_size is not None:
+        raise UnsupportedError(
+            "--kv-offloading-size is not supported with early exit, whose cache may have entries "
+            f"that are still owed: leave it off, or {way_out}"
+        )
+    if vllm_config.scheduler_config.scheduler_cls not in (None, EXIT_SCHEDULER):
+        raise UnsupportedError(
+            "--scheduler-cls is not supported with early exit, which may need one of its own: "
+            f"leave it off, or {way_out}"
+        )
+    if vllm_config.use_v2_model_runner:
+        raise UnsupportedError(
+            "early exit is not supported on vLLM's model runner V2 yet: set "
+            f"VLLM_USE_V2_MODEL_RUNNER=0, or {way_out}"
+        )
     if len(set(getattr(model.hf_config, "layer_types", None) or ())) > 1:
         raise UnsupportedError(
             "a model that mixes kinds of attention layers is not supported with early exit, which "

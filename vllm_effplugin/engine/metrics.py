@@ -41,7 +41,7 @@ class _Watched:
 
     def totals(self) -> Counters | None:
         try:
-            return read(counters_path(self.instance), len(self.depths))
+            return read(counters_path(self.instance, self.engine), len(self.depths))
         except (OSError, ValueError):
             return None  # not started yet, gone, or on another machine
 
@@ -50,7 +50,7 @@ class ExitCollector(Collector):
     """Shows the totals of the engines that this process started."""
 
     def __init__(self) -> None:
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[tuple[str, int], _Watched] = {}
 
     def watch(
         self,
@@ -65,13 +65,13 @@ class ExitCollector(Collector):
         Args:
             instance: the engine's `instance_id`.
             depths: its exits.
-            replicas: data-parallel engines, whose ids vLLM derives from the first one's.
+            replicas: data-parallel engines.
         """
         if not self._watched:
             REGISTRY.register(self)
-        names = [instance] if replicas == 1 else [f"{instance}_dp{i}" for i in range(replicas)]
-        for engine, name in enumerate(names):
-            self._watched[name] = _Watched(model_name, engine, name, tuple(depths), num_layers)
+        for engine in range(replicas):
+            watched = _Watched(model_name, engine, instance, tuple(depths), num_layers)
+            self._watched[instance, engine] = watched
 
     def collect(self) -> Iterable[Metric]:
         """All families, with a sample per engine that has totals."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_effplugin.engine.admission import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
@@ -27,11 +28,12 @@ class V1Rows:
     Args:
         runner: the model runner.
         admit: called with a slot and the request's sampling parameters when it gets the slot.
+        release: called with the slot when the request has ended or lost its cache.
     """
 
-    def __init__(self, runner: Any, admit: Any) -> None:
+    def __init__(self, runner: Any, admit: Any, release: Any) -> None:
         self._runner = runner
-        self._admit = admit
+        self._admit, self._release = admit, release
         self._slot_of: dict[str, int] = {}
         self._free = list(range(runner.max_num_reqs - 1, -1, -1))
         self._ids: list[str] = []
@@ -43,6 +45,7 @@ class V1Rows:
             slot = self._slot_of.pop(request, None)
             if slot is not None:
                 self._free.append(slot)
+                self._release(slot)
                 self._ids = []
 
     def slots(self) -> np.ndarray:
@@ -94,8 +97,15 @@ class EffpluginCPUWorker(CPUWorker):
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
         model = self.model_runner.get_model()
-        self._rows = V1Rows(self.model_runner, model.admit_request)
+        self._rows = V1Rows(self.model_runner, model.admit_request, model.release_request)
         model.attach(self._rows)
+
+    def take_draft_token_ids(self) -> Any:
+        # Where a request comes near the model's length limit, the runner does not draft and hands
+        # out zeros for all requests. They would be verified in vain, and keep tokens from leaving.
+        if isinstance(self.model_runner._draft_token_ids, torch.Tensor):
+            return None
+        return super().take_draft_token_ids()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self._rows.release(

@@ -215,6 +215,11 @@ class _EfficientForCausalLM(nn.Module):
         if self.model.exit_loop is not None:
             self.model.exit_loop.admit(slot, params.extra_args if params else None)
 
+    def release_request(self, slot: int) -> None:
+        """The request in a slot has ended or lost its cache."""
+        if self.model.exit_loop is not None:
+            self.model.exit_loop.release(slot)
+
     def measure_costs(self) -> None:
         """The engine is ready: measure what depends on the machine."""
         if self.model.exit_loop is not None:

@@ -59,9 +59,15 @@ class Counters:
         return {**{name: self[name] for name in FIELDS}, "exits": self.exits}
 
 
-def counters_path(instance: str) -> Path:
-    """Where the worker of an engine keeps its totals, given the engine's `instance_id`."""
-    return Path(tempfile.gettempdir()) / f"vllm-effplugin-{os.getuid()}-{instance}.counters"
+def counters_path(instance: str, replica: int) -> Path:
+    """Where the worker of an engine keeps its totals.
+
+    Args:
+        instance: the `instance_id` of the server's configuration.
+        replica: the engine's data-parallel index, 0 where there is one engine.
+    """
+    name = f"vllm-effplugin-{os.getuid()}-{instance}-{replica}.counters"
+    return Path(tempfile.gettempdir()) / name
 
 
 def publish(path: Path, exits: int) -> Counters:

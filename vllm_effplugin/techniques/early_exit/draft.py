@@ -81,6 +81,8 @@ class DraftRun:
             gate: list[Tensor] = []
             for segment in loop.segments[: self._exit + 1]:
                 hidden, residual, *gate = segment(at, hidden, residual)
+        depth = loop.exits[self._exit].point.depth
+        loop.counters.add("layer_tokens", len(rows) * depth)
         logits = loop.compute_logits(loop.finish(self._exit, hidden + residual))
         assert logits is not None  # one rank
         probability, token = logits.float().softmax(-1).max(-1)

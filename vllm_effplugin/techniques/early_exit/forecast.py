@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
-from vllm_effplugin.techniques.early_exit.passage import Passage
+from vllm_effplugin.techniques.early_exit.passage import STAYS, Passage
 
 DECODE_STEPS = 16
 """Decode steps that the time of a whole step is the median of."""
@@ -34,6 +34,7 @@ class Machine(BaseModel):
     Attributes:
         sizes: numbers of tokens.
         whole: the stack as one graph, for each size.
+        head: an exit's adapter, the final norm and the head, which a `softmax` gate runs.
         segments: for each segment, its seconds for each size.
         overhead: to cut a batch.
         fill: per exit, for a row that leaves; None under `recompute`.
@@ -43,6 +44,7 @@ class Machine(BaseModel):
 
     sizes: list[int]
     whole: list[float]
+    head: list[float]
     segments: list[list[float]]
     overhead: float
     fill: list[float] | None
@@ -93,6 +95,9 @@ def forecast(
     layers = np.diff([0, *(point.depth for point in exits), machine.num_layers])
     preference = Preference(costs)
     ledger = Ledger(batch, len(exits), config.max_pending, machine.block_size)
+    asks = [
+        Column(machine.sizes, machine.head) if point.gate == "softmax" else None for point in exits
+    ]
     owes = config.cache == "recompute"
     slots = np.arange(batch)
     sequences = slots % len(fires)
@@ -105,13 +110,16 @@ def forecast(
         passage = Passage(ledger, costs, owes, slots, positions, np.ones(batch, dtype=np.int64))
         chosen = fires[sequences, positions]
         if passage.waits or preference.segments:
-            taken, tokens = _in_segments(passage, costs, chosen)
+            taken, tokens = _in_segments(passage, costs, asks, chosen)
             seconds += taken
             ran += tokens
         else:
             passage.fired[:] = chosen
             passage.finish()
             seconds += costs.whole.at(batch)
+            for exit, asked in enumerate(asks):
+                if asked is not None:
+                    seconds += asked.at(int(((chosen == STAYS) | (chosen >= exit)).sum()))
             ran += batch
         preference.learn(batch, passage.leavable(len(exits)))
         positions = positions + 1
@@ -129,7 +137,9 @@ def forecast(
     )
 
 
-def _in_segments(passage: Passage, costs: Costs, chosen: np.ndarray) -> tuple[float, np.ndarray]:
+def _in_segments(
+    passage: Passage, costs: Costs, asks: Sequence[Column | None], chosen: np.ndarray
+) -> tuple[float, np.ndarray]:
     """Seconds of a step that runs in segments, and the tokens that each segment runs on."""
     exits = len(costs.segments) - 1
     tokens = np.zeros(exits + 1)
@@ -138,6 +148,9 @@ def _in_segments(passage: Passage, costs: Costs, chosen: np.ndarray) -> tuple[fl
         batch = passage.batch
         tokens[exit] = batch.tokens
         seconds += costs.segments[exit].at(batch.tokens)
+        asked = asks[exit]
+        if asked is not None:
+            seconds += asked.at(int((passage.fired[batch.rows] == STAYS).sum()))
         passage.fired[chosen == exit] = exit
         departure = passage.depart(exit)
         if departure.batch is None:

@@ -124,6 +124,7 @@ class ExitLoop:
         self.costs: Costs | None = None
         self.counters = Counters(len(self.exits))
         self.shadow = config.shadow
+        self._head_seconds: list[float] = []
         self.on_step: Callable[[StepRun], None] | None = None
         self.compute_logits: Callable[[Tensor], Tensor | None] = lambda hidden: None
         self.trunk = trunk
@@ -159,7 +160,9 @@ class ExitLoop:
         self._source = source
         self.compute_logits = compute_logits
         if get_tp_group().rank_in_group == 0:
-            path = counters_path(self.vllm_config.instance_id)
+            path = counters_path(
+                self.vllm_config.instance_id, self.vllm_config.parallel_config.data_parallel_index
+            )
             self.counters = publish(path, len(self.exits))
             weakref.finalize(self, path.unlink, missing_ok=True)
 
@@ -171,6 +174,11 @@ class ExitLoop:
             self._thresholds[slot, i] = exit.comparable(leave[i])
             self._draft_thresholds[slot, i] = exit.comparable(draft[i])
         self.ledger.open(slot)
+
+    def release(self, slot: int) -> None:
+        """The request in a slot has ended or lost its cache: it owes nothing any more."""
+        self.ledger.open(slot)
+        self.counters.set("pending", self.ledger.backlog)
 
     @property
     def ledger(self) -> Ledger:
@@ -286,7 +294,8 @@ class ExitLoop:
             return
         seconds = np.array([self._part_seconds(size) for size in sizes])
         seconds = self.agreed(seconds)
-        whole, *segments = (Column(sizes, column.tolist()) for column in seconds.T)
+        self._head_seconds, *columns = seconds.T.tolist()
+        whole, *segments = (Column(sizes, column) for column in columns)
         fill = None if self.fill is None else [0.0] * len(self.exits)
         self.costs = Costs(whole, segments, CUT_SECONDS, fill)
         self._preference = Preference(self.costs)
@@ -299,6 +308,7 @@ class ExitLoop:
         return {
             "sizes": list(costs.whole.sizes),
             "whole": list(costs.whole.seconds),
+            "head": self._head_seconds,
             "segments": [list(segment.seconds) for segment in costs.segments],
             "overhead": costs.overhead,
             "fill": None if costs.fill is None else list(costs.fill),
@@ -308,13 +318,14 @@ class ExitLoop:
 
     @torch.inference_mode()
     def _part_seconds(self, tokens: int) -> list[float]:
-        """Seconds of the whole stack and of each segment."""
+        """Seconds of an exit's way to the logits, of the whole stack, and of each segment."""
         weight = self.trunk.norm.weight
         positions = torch.zeros(tokens, dtype=torch.int64, device=weight.device)
         hidden = torch.zeros(tokens, len(weight), dtype=weight.dtype, device=weight.device)
         ids = torch.zeros_like(positions, dtype=torch.int32)
         first, *others = self.segments
         calls = [
+            lambda: self.compute_logits(self.finish(0, hidden)),
             lambda: self.whole(ids, positions, None),
             lambda: first(positions, hidden, None),
             *(lambda part=part: part(positions, hidden, hidden) for part in others),

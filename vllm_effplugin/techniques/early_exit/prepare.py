@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from vllm_effplugin.config.checkpoint import (
     write_checkpoint,
 )
 from vllm_effplugin.config.provenance import collect_provenance
-from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.errors import ConfigError, UnsupportedError
 from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.preparation.base import check_base, find_text, fingerprint, load_model
 from vllm_effplugin.preparation.text import Calibration, TextShape
@@ -81,12 +81,15 @@ MOST_EXITS = 6
 """All subsets of the exits are tried."""
 
 
+Positive = Annotated[int, Field(ge=1)]
+
+
 class PrepareRequest(BaseModel):
     """Everything that decides what comes out."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    exits: tuple[int, ...] | None = Field(
+    exits: tuple[Positive, ...] | None = Field(
         None, description="Depths; three over the later half of the layers by default."
     )
     gate: Literal["linear", "mlp", "softmax"] = "linear"
@@ -96,7 +99,7 @@ class PrepareRequest(BaseModel):
     max_pending: int = Field(16, ge=1)
     min_agreement: float = Field(0.95, gt=0, lt=1)
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    batches: tuple[int, ...] = Field((1, 8, 32), min_length=1)
+    batches: tuple[Positive, ...] = Field((1, 8, 32), min_length=1)
     train: TrainSettings = Field(default_factory=TrainSettings)
     tune: TuneSettings | None = Field(None, description="Fine-tune the backbone first.")
     text: Path | None = Field(None, description="A file; else the model writes the text.")
@@ -170,6 +173,7 @@ def prepare(
     console = console or Console()
     require_output(out, overwrite=overwrite)
     num_layers = check_base(model, request.sequence_length)
+    _check_servable(model)
     depths = _depths(request, num_layers)
     out = out.absolute()
     work = WorkDirectory(
@@ -256,6 +260,19 @@ def prepare(
     )
     work.remove()
     return Outcome(config, promise, forecasts)
+
+
+def _check_servable(model: Path) -> None:
+    """Refuse now what the engine would refuse after the training."""
+    if len(set(read_model_config(model).get("layer_types") or ())) > 1:
+        raise UnsupportedError(
+            f"{model} mixes kinds of attention layers, which early exit does not support"
+        )
+    if torch.cuda.is_available():
+        raise UnsupportedError(
+            "early exit is served on CPUs only so far: prepare it on the CPU machine that will "
+            "serve it (its costs decide which exits pay), or set CUDA_VISIBLE_DEVICES="
+        )
 
 
 def _depths(request: PrepareRequest, num_layers: int) -> tuple[int, ...]:

@@ -45,8 +45,8 @@ def parse_exit_request(extra_args: Mapping[str, Any] | None) -> ExitRequest:
         if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
             try:
                 given[name] = convert(value)
-            except ValueError:
-                raise ConfigError(f"{name}: {value!r} is not a number") from None
+            except (ValueError, OverflowError):
+                raise ConfigError(f"{name}: not a usable number") from None
     try:
         return ExitRequest.model_validate(given)
     except ValidationError as error:

@@ -194,11 +194,9 @@ class StepRun:
         joins = within < joining
         old_ends = np.repeat(batch.ends[stays], lengths)
         back = np.repeat(lengths, lengths) - 1 - within  # distance to the row's last token
-        # A joining token lies in the block of its row's last one: their slots are neighbours.
         sources = self._on_device(np.where(joins, old_ends - 1, old_ends - 1 - back))
-        shift = self._on_device(np.where(joins, back, 0))
-        positions = tokens.positions[sources] - shift
-        slot_mapping = tokens.slot_mapping[sources] - shift
+        positions = tokens.positions[sources] - self._on_device(np.where(joins, back, 0))
+        slot_mapping = tokens.slot_mapping[sources]
         hidden, residual = hidden[sources], residual[sources]
         if joins.any():
             self._loop.counters.add("recomputed", int(joins.sum()))
@@ -206,10 +204,20 @@ class StepRun:
             slots = np.repeat(self.rows.slots[after.rows], lengths)
             absolute = np.repeat(after.lasts, lengths) - back
             places = self._on_device(self._places(slots, absolute)[joins])
+            in_cache = self._cache_slots(np.repeat(after.rows, lengths)[joins], absolute[joins])
+            slot_mapping.index_copy_(0, targets, in_cache.to(slot_mapping.dtype))
             hidden.index_copy_(0, targets, self._loop.waiting[0][places])
             residual.index_copy_(0, targets, self._loop.waiting[1][places])
         metadata = subset(self._step, after.rows, lengths, slot_mapping, positions)
         return _Tokens(slot_mapping, positions, metadata), hidden, residual
+
+    def _cache_slots(self, rows: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Cache slots of some of the rows' positions."""
+        size = self._loop.ledger.block_size
+        blocks = self._step.common.block_table_tensor[
+            self._on_device(rows), self._on_device(positions // size)
+        ]
+        return blocks * size + self._on_device(positions % size)
 
     def _collect(self, hidden: Tensor, output: Tensor) -> Tensor:
         """Put what ran to the end where the runner looks for it; fired rows have their output."""

@@ -84,8 +84,6 @@ def disagreement_bound(wrong: np.ndarray, confidence: float) -> float:
             # The variance itself is an estimate from few sequences.
             ratio = stats.t.ppf(confidence, count - 1) / stats.t.ppf(confidence, sequences - 1)
             effective = min(effective, worth * ratio**2)
-    elif sequences > 1:
-        effective = float(sequences)  # nothing is known of the scatter: the worst case
     hits = share * effective
     return float(stats.beta.ppf(confidence, hits + 1, effective - hits)) if share < 1 else 1.0
 
