@@ -23,7 +23,7 @@ def _take_a_core(worker: str) -> None:
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _take_a_core(os.environ["PYTEST_XDIST_WORKER"])
 
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="session")

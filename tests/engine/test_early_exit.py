@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ from tests.tiny import VOCAB, counters, engine, overrides
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.admission import VERIFY
+from vllm_effplugin.offline import run_with_engine
+from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
+from vllm_effplugin.techniques.early_exit.evaluate import Measured, measure_settings
+from vllm_effplugin.techniques.early_exit.evaluate import settings as exit_settings
 from vllm_effplugin.techniques.early_exit.exits import Exit
+from vllm_effplugin.techniques.early_exit.forecast import Machine, forecast, measure_machine
 from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
 from vllm_effplugin.techniques.early_exit.step import pseudo_random
 
@@ -442,6 +448,41 @@ def test_a_bad_request_harms_no_other(tiny):
             ask(llm, [prompts()[0]], {"exit_treshold": 0.5})
         [after] = ask(llm, [prompts()[0]], {})
     assert before.outputs[0].token_ids == after.outputs[0].token_ids
+
+
+EAGER = {"enforce_eager": True, "skip_tokenizer_init": True, "dtype": "float32"}
+
+
+def test_what_prepare_and_eval_measure(tiny, tmp_path):
+    """The two functions that other processes run, on a checkpoint with exits."""
+    early_exit = EarlyExitConfig.model_validate({"exits": SOFTMAX, "compaction": "auto"})
+    efficiency = EfficiencyConfig(early_exit=early_exit)
+    write_checkpoint(tiny(), tmp_path / "exits", efficiency, provenance={})
+    folder = str(tmp_path / "exits")
+    measured = run_with_engine(partial(measure_machine, **EAGER), folder, (1, 4))
+    machine = Machine.model_validate(measured)
+    assert machine.num_layers == 12
+    assert len(machine.segments) == 2
+    assert all(seconds > 0 for column in (machine.whole, machine.head) for seconds in column)
+    assert machine.steps.keys() == {1, 4}
+    assert forecast(machine, early_exit, [0], np.zeros((4, 32), dtype=int), 4).speed > 0
+
+    swept = [setting.model_dump() for setting in exit_settings([0.0, 1.0])]
+    measure = partial(measure_settings, **EAGER)
+    rows = [
+        Measured.model_validate(row)
+        for row in run_with_engine(measure, folder, prompts()[:3], swept, 12, 8)
+    ]
+    off, checkpoint, everyone, nobody = rows
+    assert [row.name for row in rows] == ["off", "checkpoint", "0", "1"]
+    for row in (off, nobody):
+        assert (row.agreement, row.same_output, row.layer_tokens) == (1, 1, 1)
+        assert row.mean_depth == 12
+    assert off.outputs == nobody.outputs
+    assert everyone.agreement < 1
+    assert everyone.same_output < 1
+    assert 0 < checkpoint.agreement <= 1
+    assert all(row.tokens_s > 0 for row in rows)
 
 
 @st.composite

@@ -62,8 +62,12 @@ def measure_settings(
     asked: Sequence[dict[str, Any]],
     max_tokens: int,
     batch: int,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """`Measured` as JSON for each `Setting`; runs in the engine's process."""
+    """`Measured` as JSON for each `Setting`; runs in the engine's process.
+
+    `options` are further arguments of `vllm.LLM`.
+    """
     from tqdm.auto import tqdm
     from vllm import LLM, SamplingParams
 
@@ -74,6 +78,7 @@ def measure_settings(
         max_num_seqs=batch,
         enable_prefix_caching=False,
         disable_log_stats=True,
+        **options,
     )
     inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     wanted = [Setting.model_validate(item) for item in asked]

@@ -164,11 +164,20 @@ def _in_segments(
     return seconds + costs.segments[-1].at(passage.batch.tokens), tokens
 
 
-def measure_machine(checkpoint: str, batches: Sequence[int]) -> dict[str, Any]:
-    """A `Machine` as JSON, for a checkpoint with exits; runs in the engine's process."""
+def measure_machine(checkpoint: str, batches: Sequence[int], **options: Any) -> dict[str, Any]:
+    """A `Machine` as JSON, for a checkpoint with exits; runs in the engine's process.
+
+    `options` are further arguments of `vllm.LLM`.
+    """
     from vllm import LLM, SamplingParams
 
-    llm = LLM(checkpoint, max_model_len=512, max_num_seqs=max(batches), disable_log_stats=True)
+    llm = LLM(
+        checkpoint,
+        max_model_len=512,
+        max_num_seqs=max(batches),
+        disable_log_stats=True,
+        **options,
+    )
     [measured] = llm.collective_rpc("exit_costs")
     sampling = SamplingParams(
         temperature=0.0,
