@@ -270,6 +270,8 @@ CONTRACT: tuple[Interface, ...] = (
         ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
     ),
     Interface("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", "drafting"),
+    Interface("vllm.v1.worker.cpu_worker", "CPUWorker.take_draft_token_ids", "drafting"),
+    Interface("vllm.config", "VllmConfig.use_v2_model_runner", "refusing runner V2 with exits"),
     Interface(
         "vllm.v1.spec_decode.custom_class_proposer",
         "create_custom_proposer",
