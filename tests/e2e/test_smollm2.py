@@ -176,7 +176,7 @@ def test_callers_choose_how_to_exit(smollm2, tmp_path):
     decoded = totals[f"effplugin_exit_decode_tokens_total{{{labels}}}"]
     compared = totals[f"effplugin_exit_shadow_tokens_total{{{labels}}}"]
     assert 0 < compared < fired <= decoded == 2 * 39
-    assert totals[f"effplugin_exit_mean_depth{{{labels}}}"] <= 30
+    assert totals[f"effplugin_exit_mean_depth{{{labels}}}"] > 30, "drafting is work, too"
     assert totals[f"vllm:spec_decode_num_accepted_tokens_total{{{labels}}}"] > 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_effplugin.engine import metrics
 from vllm_effplugin.engine.metrics import ExitCollector
@@ -52,16 +52,14 @@ def test_prometheus_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         metrics, "counters_path", lambda *engine: tmp_path / "{}-{}".format(*engine)
     )
-    collector = ExitCollector()
-    try:
-        collector.watch("one", "some/model", (10, 20), 30)
-        collector.watch("two", "some/model", (5,), 30, replicas=2)
-        assert "some/model" not in generate_latest().decode()
-        fill(publish(tmp_path / "one-0", 2))
-        publish(tmp_path / "two-1", 1)
-        shown = generate_latest().decode()
-    finally:
-        REGISTRY.unregister(collector)
+    registry = CollectorRegistry()
+    collector = ExitCollector(registry)
+    collector.watch("one", "some/model", (10, 20), 30)
+    collector.watch("two", "some/model", (5,), 30, replicas=2)
+    assert "some/model" not in generate_latest(registry).decode()
+    fill(publish(tmp_path / "one-0", 2))
+    publish(tmp_path / "two-1", 1)
+    shown = generate_latest(registry).decode()
     for line in (
         'effplugin_exit_tokens_total{depth="10",engine="0",model_name="some/model"} 0.0',
         'effplugin_exit_tokens_total{depth="20",engine="0",model_name="some/model"} 4.0',

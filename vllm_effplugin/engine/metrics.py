@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -47,9 +47,14 @@ class _Watched:
 
 
 class ExitCollector(Collector):
-    """Shows the totals of the engines that this process started."""
+    """Shows the totals of the engines that this process started.
 
-    def __init__(self) -> None:
+    Args:
+        registry: where it is registered with the first of them.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._registry = registry
         self._watched: dict[tuple[str, int], _Watched] = {}
 
     def watch(
@@ -68,7 +73,7 @@ class ExitCollector(Collector):
             replicas: data-parallel engines.
         """
         if not self._watched:
-            REGISTRY.register(self)
+            self._registry.register(self)
         for engine in range(replicas):
             watched = _Watched(model_name, engine, instance, tuple(depths), num_layers)
             self._watched[instance, engine] = watched
