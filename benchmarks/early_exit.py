@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,25 +33,11 @@ from harness import (
 )
 from layer_parallel import build_smollm2
 
+from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.techniques.early_exit.evaluate import counting
+
 AGREEMENTS = ("0.95", "0.99")
 POLICIES = ("recompute", "propagate", "copy")
-
-
-@dataclass(frozen=True)
-class DecodeThroughput:
-    """Tokens per second of a full batch, from the first step in which every request got a token.
-
-    Over all steps, because a step that makes up for skipped layers takes longer than the rest.
-    """
-
-    batch: int
-    tokens: int
-
-    def __call__(self, engine: Engine) -> float:
-        steps = engine.run(engine.prompts(self.batch, length=8), self.tokens)
-        full = [step for step in steps if step.emitted == self.batch]
-        emitted = sum(step.emitted for step in full[1:])
-        return emitted / (full[-1].seconds - full[0].seconds)
 
 
 OPENINGS = (
@@ -95,15 +82,24 @@ def openings(engine: Engine, count: int) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in OPENINGS[:count]]
 
 
+def short_prompts(engine: Engine, count: int) -> list[list[int]]:
+    """Prompts of a few arbitrary tokens."""
+    return engine.prompts(count, length=8)
+
+
 @dataclass(frozen=True)
-class TextThroughput:
-    """Tokens per second of a full batch that continues English openings."""
+class DecodeThroughput:
+    """Tokens per second of a full batch, from the first step in which every request got a token.
+
+    Over all steps, because a step that makes up for skipped layers takes longer than the rest.
+    """
 
     batch: int
     tokens: int
+    prompts: Callable[[Engine, int], list[list[int]]]
 
     def __call__(self, engine: Engine) -> float:
-        steps = engine.run(openings(engine, self.batch), self.tokens)
+        steps = engine.run(self.prompts(engine, self.batch), self.tokens)
         full = [step for step in steps if step.emitted == self.batch]
         emitted = sum(step.emitted for step in full[1:])
         return emitted / (full[-1].seconds - full[0].seconds)
@@ -116,32 +112,26 @@ class Agreement:
     tokens: int
 
     def __call__(self, engine: Engine) -> float:
-        llm = engine.llm
-        if not hasattr(llm.llm_engine.model_config.hf_config, "efficiency"):
+        efficiency = getattr(engine.llm.llm_engine.model_config.hf_config, "efficiency", None)
+        early_exit = parse_efficiency(efficiency).early_exit
+        if early_exit is None or not early_exit.exits:
             return 1.0
-        llm.collective_rpc("set_exit_shadow", args=(1.0,))
-        [before] = llm.collective_rpc("exit_counters")
-        engine.run(openings(engine, len(OPENINGS)), self.tokens)
-        [after] = llm.collective_rpc("exit_counters")
-        llm.collective_rpc("set_exit_shadow", args=(0.0,))
-        wrong = sum(
-            sign * (totals["shadowed"] - totals["shadow_agreed"])
-            for sign, totals in ((1, after), (-1, before))
-        )
-        return 1 - wrong / (len(OPENINGS) * self.tokens)
+        with counting(engine.llm, shadow=1.0) as spent:
+            engine.run(openings(engine, len(OPENINGS)), self.tokens)
+        return spent.agreement(len(OPENINGS) * self.tokens)
 
 
-METRICS = tuple(
-    Metric(f"decode_tok_s_b{batch}", DecodeThroughput(batch, tokens), better="higher")
-    for batch, tokens in ((1, 96), (8, 64), (32, 40))
-)
-
-
-TRAINED_METRICS = (
-    *(
-        Metric(f"decode_tok_s_b{batch}", TextThroughput(batch, tokens), better="higher")
+def speed_metrics(prompts: Callable[[Engine, int], list[list[int]]]) -> tuple[Metric, ...]:
+    """Decode speed at three batch sizes."""
+    return tuple(
+        Metric(f"decode_tok_s_b{batch}", DecodeThroughput(batch, tokens, prompts), better="higher")
         for batch, tokens in ((1, 96), (8, 64), (32, 40))
-    ),
+    )
+
+
+METRICS = speed_metrics(short_prompts)
+TRAINED_METRICS = (
+    *speed_metrics(openings),
     Metric("agreement", Agreement(40), better="higher"),
 )
 
@@ -195,14 +185,13 @@ def trained(smollm2: Path, agreement: str) -> Path:
     return smollm2.with_name(f"{smollm2.name}-exits-{agreement}")
 
 
-def prepare_trained(smollm2: Path) -> None:
-    """Make the checkpoints with trained exits that are missing."""
-    for agreement in AGREEMENTS:
-        out = trained(smollm2, agreement)
-        if not (out / "config.json").exists():
-            command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "early-exit"]
-            command += [str(smollm2), str(out), "--min-agreement", agreement]
-            subprocess.run(command, check=True)
+def prepare_trained(smollm2: Path, agreement: str) -> None:
+    """Make the checkpoint with trained exits, unless it is there."""
+    out = trained(smollm2, agreement)
+    if not (out / "config.json").exists():
+        command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "early-exit"]
+        command += [str(smollm2), str(out), "--min-agreement", agreement]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
@@ -215,6 +204,7 @@ if __name__ == "__main__":
         build_smollm2(arguments.model)
     found = cases(arguments.model)
     chosen = select(found, arguments.cases, quick=arguments.quick)
-    if not arguments.list and any("/trained/" in case.path for case in chosen):
-        prepare_trained(arguments.model)
+    for agreement in AGREEMENTS if not arguments.list else ():
+        if any(case.path == f"early_exit/trained/{agreement}" for case in chosen):
+            prepare_trained(arguments.model, agreement)
     sys.exit(main(arguments, found))

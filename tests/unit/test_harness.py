@@ -20,6 +20,7 @@ import pytest
 # The benchmarks are scripts beside the package, not part of it.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import early_exit
 import harness
 import layer_parallel
 from harness import Case, EngineSpec, Metric, Row
@@ -486,3 +487,36 @@ def test_quick_layer_parallel_cases_are_those_of_the_acceptance() -> None:
     assert [m.name for m in quick[0].metrics] == [
         *("decode_ms_b1", "decode_ms_b8", "decode_ms_b32", "prefill_tok_s")
     ]
+
+
+# --- The early-exit benchmark ---------------------------------------------------------------------
+
+
+def test_early_exit_cases_are_servable_configurations_with_metrics_that_travel() -> None:
+    for case in early_exit.cases(Path("model")):
+        pickle.dumps(case.metrics)
+        block = parse_efficiency(case.candidate.hf_overrides.get("efficiency"))
+        block.validate_for(30)
+        assert (block.early_exit is None) == ("/trained/" in case.path)
+
+
+def test_quick_early_exit_cases_are_those_of_the_acceptance() -> None:
+    assert [case.path for case in early_exit.cases(Path("model")) if case.quick] == [
+        "early_exit/off",
+        "early_exit/idle",
+        "early_exit/forced/l10/100/recompute",
+        "early_exit/forced/l10/100/propagate",
+        "early_exit/forced/l10/50/recompute",
+        "early_exit/forced/l10/50/propagate",
+        "early_exit/trained/0.95",
+        "early_exit/trained/0.99",
+    ]
+
+
+@pytest.mark.parametrize("efficiency", [None, {"early_exit": {"exits": []}}])
+def test_agreement_without_exits_is_whole(efficiency: dict[str, Any] | None) -> None:
+    hf_config = SimpleNamespace(efficiency=efficiency)
+    model_config = SimpleNamespace(hf_config=hf_config)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model_config))  # no exits' RPC
+    engine: Any = SimpleNamespace(llm=llm)
+    assert early_exit.Agreement(4)(engine) == 1

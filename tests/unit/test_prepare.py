@@ -21,6 +21,7 @@ from vllm_effplugin.config.checkpoint import check_checkpoint, read_efficiency
 from vllm_effplugin.errors import CheckpointError
 from vllm_effplugin.preparation import base
 from vllm_effplugin.preparation import text as calibration
+from vllm_effplugin.preparation.base import text_windows
 from vllm_effplugin.preparation.text import TextShape
 from vllm_effplugin.techniques.layer_parallel import prepare
 from vllm_effplugin.techniques.layer_parallel.distill import Distiller
@@ -318,8 +319,8 @@ def test_eval_cuts_contiguous_windows(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefghijk")
     ids = [ord(letter) for letter in "abcdefghijk"]
-    assert evaluate._windows(model, text, 5, None) == [ids[:5], ids[5:10]]
-    assert evaluate._windows(model, text, 4, 6) == [ids[:4], ids[4:6]]
+    assert text_windows(model, text, 5, None) == [ids[:5], ids[5:10]]
+    assert text_windows(model, text, 4, 6) == [ids[:4], ids[4:6]]
 
 
 @pytest.mark.parametrize(

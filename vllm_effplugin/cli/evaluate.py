@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import math
 import shutil
@@ -18,13 +17,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.cli.options import parse_numbers
 from vllm_effplugin.config.checkpoint import (
     check_checkpoint,
     read_model_config,
     stock_architecture,
 )
-from vllm_effplugin.errors import CheckpointError, ConfigError, UnsupportedError
+from vllm_effplugin.errors import ConfigError, UnsupportedError
 
 WINDOWS_PER_CALL = 32
 """Windows whose log probabilities exist as Python objects at a time."""
@@ -89,7 +88,15 @@ def evaluate(
     """
     efficiency = check_checkpoint(checkpoint)
     if efficiency.early_exit is not None and efficiency.early_exit.exits:
-        shape = ExitEvaluation(thresholds, prompts, prompt_tokens, new_tokens, batch)
+        from vllm_effplugin.techniques.early_exit.evaluate import Shape, measure_exits
+
+        shape = Shape(
+            thresholds=parse_numbers("--thresholds", thresholds, float),
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch=batch,
+        )
         figures = measure_exits(checkpoint, efficiency, text, questions, shape, plot)
         if json_file is not None:
             json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -127,8 +134,9 @@ def measure(
         UnsupportedError: when vLLM cannot run one of them.
     """
     from vllm_effplugin.offline import run_with_engine
+    from vllm_effplugin.preparation.base import text_windows
 
-    windows = _windows(checkpoint, text, context, max_tokens)
+    windows = text_windows(checkpoint, text, context, max_tokens)
     stock = {
         "architectures": [stock_architecture(read_model_config(base or checkpoint))],
         "efficiency": None,
@@ -139,91 +147,6 @@ def measure(
     console.print("measuring the checkpoint")
     scores = run_with_engine(_score, str(checkpoint), windows, {})
     return summarise(reference, scores, context)
-
-
-@dataclass(frozen=True)
-class ExitEvaluation:
-    """How to measure exits; fields as the options."""
-
-    thresholds: str
-    prompts: int
-    prompt_tokens: int
-    new_tokens: int
-    batch: int
-
-
-def measure_exits(
-    checkpoint: Path,
-    efficiency: EfficiencyConfig,
-    text: Path | None,
-    questions: Path | None,
-    shape: ExitEvaluation,
-    plot: Path | None,
-) -> dict[str, Any]:
-    """Computation, agreement and accuracy over a sweep of thresholds; shows a table.
-
-    Raises:
-        ConfigError: for a text, questions or thresholds that cannot be used.
-        CheckpointError: for a checkpoint without a tokenizer.
-        UnsupportedError: when vLLM cannot run it.
-    """
-    from vllm_effplugin.cli.prepare import parse_numbers
-    from vllm_effplugin.offline import run_with_engine
-    from vllm_effplugin.techniques.early_exit import evaluate as exits
-    from vllm_effplugin.techniques.early_exit.questions import accuracy, read_questions
-
-    if (text is None) == (questions is None):
-        raise ConfigError("a checkpoint with exits is measured on one of --text and --questions")
-    swept = exits.settings(parse_numbers("--thresholds", shape.thresholds, float))
-    tokenizer = _tokenizer(checkpoint)
-    asked = read_questions(questions)[: shape.prompts] if questions is not None else []
-    if text is not None:
-        windows = _windows(checkpoint, text, shape.prompt_tokens + shape.new_tokens, None)
-        # Spread over the whole text.
-        chosen = windows[:: max(1, len(windows) // shape.prompts)][: shape.prompts]
-        inputs = [window[: shape.prompt_tokens] for window in chosen]
-    else:
-        inputs = [tokenizer(question.prompt)["input_ids"] for question in asked]
-    arguments = (inputs, [item.model_dump() for item in swept], shape.new_tokens, shape.batch)
-    rows = [
-        exits.Measured.model_validate(row)
-        for row in run_with_engine(exits.measure_settings, str(checkpoint), *arguments)
-    ]
-    ends = _end_tokens(checkpoint, tokenizer)
-    scores: list[float | None] = [
-        accuracy(asked, tokenizer.batch_decode([_until(ids, ends) for ids in row.outputs]))
-        if asked
-        else None
-        for row in rows
-    ]
-    title = f"{len(inputs)} prompts, {shape.new_tokens} tokens each; {exits.describe(efficiency)}"
-    Console().print(exits.settings_table(rows, scores, title))
-    if plot is not None:
-        plot.write_bytes(exits.frontier_plot(rows, shape.batch))
-    return {
-        "prompts": len(inputs),
-        "new_tokens": shape.new_tokens,
-        "batch": shape.batch,
-        "settings": [
-            {**row.model_dump(exclude={"outputs"}), "accuracy": score}
-            for row, score in zip(rows, scores, strict=True)
-        ],
-    }
-
-
-def _end_tokens(checkpoint: Path, tokenizer: Any) -> set[int]:
-    """Tokens that end a reply."""
-    ends = {tokenizer.eos_token_id}
-    path = checkpoint / "generation_config.json"
-    if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ends.update(listed if isinstance(listed, list) else [listed])
-    return {end for end in ends if end is not None}
-
-
-def _until(ids: Sequence[int], ends: set[int]) -> list[int]:
-    """The tokens before the first that ends the reply."""
-    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 def summarise(reference: Scores, scores: Scores, context: int) -> dict[str, Any]:
@@ -254,32 +177,6 @@ def run_lm_eval(checkpoint: Path, tasks: str) -> None:
     code = subprocess.run(command, check=False).returncode
     if code:
         raise UnsupportedError(f"lm-eval ended with exit code {code}")
-
-
-def _windows(checkpoint: Path, text: Path, context: int, max_tokens: int | None) -> list[list[int]]:
-    """Token ids of the text, cut; a last window of a single token is dropped."""
-    from vllm_effplugin.preparation.text import read_text
-
-    content = read_text(text)
-    limit = read_model_config(checkpoint).get("max_position_embeddings")
-    if limit is not None and context > limit:
-        raise ConfigError(f"--context {context} exceeds the model's {limit}")
-    tokenizer = _tokenizer(checkpoint)
-    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-    windows = [ids[start : start + context] for start in range(0, len(ids), context)]
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
-        raise ConfigError(f"--text {text} is shorter than two tokens")
-    return windows
-
-
-def _tokenizer(checkpoint: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} has no usable tokenizer: {error}") from None
 
 
 def _score(model: str, windows: Sequence[list[int]], overrides: Mapping[str, Any]) -> Scores:

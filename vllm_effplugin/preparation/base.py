@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vllm_effplugin.config.checkpoint import base_tensors, read_model_config, st
 from vllm_effplugin.errors import CheckpointError, ConfigError, UnsupportedError
 from vllm_effplugin.preparation import text as calibration
 from vllm_effplugin.preparation.text import Calibration, TextShape
+from vllm_effplugin.preparation.workdir import WorkDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,11 @@ def check_base(model: Path, sequence_length: int) -> int:
     return int(config["num_hidden_layers"])
 
 
+def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """What a model's `config.json` says its weights are stored as."""
+    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+
+
 def load_model(model: Path, dtype: torch.dtype | str = torch.float32) -> Any:
     """The checkpoint as a Hugging Face model; `auto` keeps its own dtype."""
     from transformers import AutoModelForCausalLM
@@ -62,24 +69,67 @@ def fingerprint(model: Path, text: Path | None, request: dict[str, Any]) -> dict
     return {"model": str(model.resolve()), "files": stats, "text": digest, "request": request}
 
 
-def find_text(model: Path, text: Path | None, shape: TextShape, seed: int) -> Calibration:
-    """Sequences of a file, or else written by the model.
+def load_tokenizer(model: Path) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model} has no usable tokenizer: {error}") from None
+
+
+def text_windows(
+    model: Path, text: Path, length: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Token ids of a text, cut into windows; a last window of a single token is dropped.
+
+    Args:
+        length: tokens per window.
+        max_tokens: use the first so many tokens of the text.
+
+    Raises:
+        ConfigError: a text that cannot be read or is too short, or windows that are too long.
+        CheckpointError: a model without a tokenizer.
+    """
+    content = calibration.read_text(text)
+    limit = read_model_config(model).get("max_position_embeddings")
+    if limit is not None and length > limit:
+        raise ConfigError(f"windows of {length} tokens exceed the model's {limit}")
+    tokenizer = load_tokenizer(model)
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    windows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise ConfigError(f"--text {text} is shorter than two tokens")
+    return windows
+
+
+def find_text(
+    model: Path, text: Path | None, shape: TextShape, seed: int, work: WorkDirectory
+) -> Calibration:
+    """Sequences of a file, or else written by the model; kept in the work directory.
 
     Raises:
         ConfigError: a text that is missing, malformed or too short.
         CheckpointError: a model without a tokenizer.
         UnsupportedError: when vLLM is missing or cannot run the model.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model} has no usable tokenizer: {error}") from None
+    kept = work.tensors("text")
+    if kept is not None:
+        return Calibration(**kept)
+    tokenizer = load_tokenizer(model)
     if text is not None:
-        return calibration.from_file(text, tokenizer, shape, seed)
-    logger.warning(
-        "generating %d tokens of text with the model",
-        (shape.train + shape.held_out) * shape.sequence_length,
-    )
-    return calibration.generated(model, tokenizer, shape, seed)
+        found = calibration.from_file(text, tokenizer, shape, seed)
+    else:
+        logger.warning(
+            "generating %d tokens of text with the model",
+            (shape.train + shape.held_out) * shape.sequence_length,
+        )
+        found = calibration.generated(model, tokenizer, shape, seed)
+    work.save_tensors("text", vars(found))
+    return found

@@ -7,15 +7,24 @@ mode, where every token that leaves also runs all layers, for the agreement.
 
 from __future__ import annotations
 
-import io
+import itertools
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from rich.console import Console
 from rich.table import Table
 
 from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.offline import run_with_engine
+from vllm_effplugin.preparation.base import load_tokenizer, text_windows
+from vllm_effplugin.preparation.plot import new_axes, to_png
+from vllm_effplugin.techniques.early_exit.questions import accuracy, read_questions
 
 
 class Setting(BaseModel):
@@ -23,6 +32,24 @@ class Setting(BaseModel):
 
     name: str
     extra_args: dict[str, Any]
+
+
+class Shape(BaseModel):
+    """How to measure.
+
+    Attributes:
+        thresholds: to sweep.
+        prompts: most prompts.
+        prompt_tokens: of a prompt that is taken from a text.
+        new_tokens: that continue each prompt.
+        batch: requests at a time.
+    """
+
+    thresholds: list[float]
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
 
 
 class Measured(BaseModel):
@@ -56,6 +83,38 @@ def settings(thresholds: Sequence[float]) -> list[Setting]:
     ]
 
 
+class Spent:
+    """What the exits did in a while.
+
+    Attributes:
+        counts: by how much each counter grew.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def agreement(self, tokens: int) -> float:
+        """Share of `tokens` decoded in shadow mode that are the full model's."""
+        return 1 - (self.counts["shadowed"] - self.counts["shadow_agreed"]) / tokens
+
+
+@contextmanager
+def counting(llm: Any, shadow: float = 0.0) -> Iterator[Spent]:
+    """Count what an engine's exits do meanwhile.
+
+    Args:
+        llm: a `vllm.LLM` with exits.
+        shadow: share of the tokens that leave that also run all layers.
+    """
+    llm.collective_rpc("set_exit_shadow", args=(shadow,))
+    before = llm.collective_rpc("exit_counters")[0]
+    spent = Spent()
+    yield spent
+    after = llm.collective_rpc("exit_counters")[0]
+    llm.collective_rpc("set_exit_shadow", args=(0.0,))
+    spent.counts = {key: after[key] - before[key] for key in after if key != "exits"}
+
+
 def measure_settings(
     checkpoint: str,
     prompts: Sequence[list[int]],
@@ -83,7 +142,7 @@ def measure_settings(
     inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     wanted = [Setting.model_validate(item) for item in asked]
 
-    def run(setting: Setting, shadow: float) -> tuple[list[list[int]], float, dict[str, Any]]:
+    def run(setting: Setting) -> list[list[int]]:
         sampling = SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,
@@ -91,33 +150,31 @@ def measure_settings(
             detokenize=False,
             extra_args=setting.extra_args,
         )
-        llm.collective_rpc("set_exit_shadow", args=(shadow,))
-        [before] = llm.collective_rpc("exit_counters")
-        start = time.perf_counter()
         outputs = llm.generate(inputs, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        [after] = llm.collective_rpc("exit_counters")
-        spent = {key: after[key] - before[key] for key in after if key != "exits"}
-        return [list(output.outputs[0].token_ids) for output in outputs], seconds, spent
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
-    [layers] = llm.collective_rpc("exit_layers")
-    run(wanted[0], 0.0)  # not measured: the first run compiles and fills caches
+    layers = llm.collective_rpc("exit_layers")[0]
+    run(wanted[0])  # not measured: the first run compiles and fills caches
     results: list[dict[str, Any]] = []
     full: list[list[int]] = []
+    tokens = len(prompts) * max_tokens
     for setting in tqdm(wanted, desc="settings"):
-        outputs, seconds, spent = run(setting, 0.0)
+        with counting(llm) as spent:
+            start = time.perf_counter()
+            outputs = run(setting)
+            seconds = time.perf_counter() - start
         full = full or outputs
-        _, _, watched = run(setting, 1.0)
-        wrong = watched["shadowed"] - watched["shadow_agreed"]
+        with counting(llm, shadow=1.0) as watched:
+            run(setting)
         same = sum(one == other for one, other in zip(full, outputs, strict=True))
-        share = spent["layer_tokens"] / spent["full_layer_tokens"]
+        share = spent.counts["layer_tokens"] / spent.counts["full_layer_tokens"]
         results.append(
             Measured(
                 name=setting.name,
-                agreement=1 - wrong / (len(prompts) * max_tokens),
+                agreement=watched.agreement(tokens),
                 layer_tokens=share,
                 mean_depth=layers * share,
-                tokens_s=len(prompts) * max_tokens / seconds,
+                tokens_s=tokens / seconds,
                 same_output=same / len(prompts),
                 outputs=outputs,
             ).model_dump()
@@ -155,23 +212,80 @@ def settings_table(rows: Sequence[Measured], scores: Sequence[float | None], tit
 
 def frontier_plot(rows: Sequence[Measured], batch: int) -> bytes:
     """Tokens per second over agreement, a point per setting."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = new_axes("agreement with the full model", f"tokens/s, up to {batch} requests at a time")
     swept = sorted(rows[2:] or rows, key=lambda row: row.agreement)
     axes.plot(
         [row.agreement for row in swept], [row.tokens_s for row in swept], "o-", label="swept"
     )
     for row, marker in zip(rows[:2], ("s", "*"), strict=False):
         axes.plot(row.agreement, row.tokens_s, marker, ms=12, label=row.name)
-    axes.set(
-        xlabel="agreement with the full model", ylabel=f"tokens/s, up to {batch} requests at a time"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return to_png(axes)
+
+
+def measure_exits(
+    checkpoint: Path,
+    efficiency: EfficiencyConfig,
+    text: Path | None,
+    questions: Path | None,
+    shape: Shape,
+    plot: Path | None,
+) -> dict[str, Any]:
+    """Computation, agreement and accuracy over a sweep of thresholds; shows a table.
+
+    Raises:
+        ConfigError: for a text, questions or thresholds that cannot be used.
+        CheckpointError: for a checkpoint without a tokenizer.
+        UnsupportedError: when vLLM cannot run it.
+    """
+    if (text is None) == (questions is None):
+        raise ConfigError("a checkpoint with exits is measured on one of --text and --questions")
+    swept = settings(shape.thresholds)
+    tokenizer = load_tokenizer(checkpoint)
+    asked = read_questions(questions)[: shape.prompts] if questions is not None else []
+    if text is not None:
+        windows = text_windows(checkpoint, text, shape.prompt_tokens + shape.new_tokens)
+        # Spread over the whole text.
+        chosen = windows[:: max(1, len(windows) // shape.prompts)][: shape.prompts]
+        inputs = [window[: shape.prompt_tokens] for window in chosen]
+    else:
+        inputs = [tokenizer(question.prompt)["input_ids"] for question in asked]
+    arguments = (inputs, [item.model_dump() for item in swept], shape.new_tokens, shape.batch)
+    rows = [
+        Measured.model_validate(row)
+        for row in run_with_engine(measure_settings, str(checkpoint), *arguments)
+    ]
+    ends = _end_tokens(checkpoint, tokenizer)
+    scores: list[float | None] = [
+        accuracy(asked, tokenizer.batch_decode([_until(ids, ends) for ids in row.outputs]))
+        if asked
+        else None
+        for row in rows
+    ]
+    title = f"{len(inputs)} prompts, {shape.new_tokens} tokens each; {describe(efficiency)}"
+    Console().print(settings_table(rows, scores, title))
+    if plot is not None:
+        plot.write_bytes(frontier_plot(rows, shape.batch))
+    return {
+        "prompts": len(inputs),
+        "new_tokens": shape.new_tokens,
+        "batch": shape.batch,
+        "settings": [
+            {**row.model_dump(exclude={"outputs"}), "accuracy": score}
+            for row, score in zip(rows, scores, strict=True)
+        ],
+    }
+
+
+def _end_tokens(checkpoint: Path, tokenizer: Any) -> set[int]:
+    """Tokens that end a reply."""
+    ends = {tokenizer.eos_token_id}
+    path = checkpoint / "generation_config.json"
+    if path.is_file():
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ends.update(listed if isinstance(listed, list) else [listed])
+    return {end for end in ends if end is not None}
+
+
+def _until(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """The tokens before the first that ends the reply."""
+    return list(itertools.takewhile(lambda token: token not in ends, ids))

@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +34,13 @@ from vllm_effplugin.config.checkpoint import (
 from vllm_effplugin.config.provenance import collect_provenance
 from vllm_effplugin.errors import ConfigError, UnsupportedError
 from vllm_effplugin.offline import run_with_engine
-from vllm_effplugin.preparation.base import check_base, find_text, fingerprint, load_model
+from vllm_effplugin.preparation.base import (
+    check_base,
+    find_text,
+    fingerprint,
+    load_model,
+    stored_dtype,
+)
 from vllm_effplugin.preparation.text import Calibration, TextShape
 from vllm_effplugin.preparation.workdir import WorkDirectory
 from vllm_effplugin.techniques.early_exit.config import NEVER, EarlyExitConfig, ExitPoint
@@ -173,28 +179,24 @@ def prepare(
     console = console or Console()
     require_output(out, overwrite=overwrite)
     num_layers = check_base(model, request.sequence_length)
-    _check_servable(model)
+    model_config = read_model_config(model)
+    _check_servable(model, model_config)
+    dtype = stored_dtype(model_config)
     depths = _depths(request, num_layers)
     out = out.absolute()
     work = WorkDirectory(
         work_dir or out.with_name(f".{out.name}.work"),
         fingerprint(model, request.text, request.model_dump(mode="json")),
     )
-    kept = work.tensors("text")
-    if kept is None:
-        text = find_text(model, request.text, request.text_shape(), request.seed)
-        work.save_tensors("text", vars(text))
-    else:
-        text = Calibration(**kept)
-
+    text = find_text(model, request.text, request.text_shape(), request.seed, work)
     base, tuning = model, None
     if request.tune is not None:
-        base, tuning = _tune(model, depths, request.tune, text, work)
+        base, tuning = _tune(model, dtype, depths, request.tune, text, work)
     everything = request.config(depths, [0.5] * len(depths))
     torch.manual_seed(request.seed)
-    exits = [Exit(p, everything, _hidden_size(model)) for p in everything.exits]
-    choosing, held_out, losses = _train(base, exits, depths, text, request, work)
-    tensors = _stored(exits, read_model_config(model))
+    exits = [Exit(p, everything, int(model_config["hidden_size"])) for p in everything.exits]
+    choosing, held_out, losses = _train(base, dtype, exits, depths, text, request, work)
+    tensors = _stored(exits, dtype)
 
     machine = work.result("machine", Machine)
     if machine is None:
@@ -262,9 +264,9 @@ def prepare(
     return Outcome(config, promise, forecasts)
 
 
-def _check_servable(model: Path) -> None:
+def _check_servable(model: Path, config: Mapping[str, Any]) -> None:
     """Refuse now what the engine would refuse after the training."""
-    if len(set(read_model_config(model).get("layer_types") or ())) > 1:
+    if len(set(config.get("layer_types") or ())) > 1:
         raise UnsupportedError(
             f"{model} mixes kinds of attention layers, which early exit does not support"
         )
@@ -287,10 +289,6 @@ def _depths(request: PrepareRequest, num_layers: int) -> tuple[int, ...]:
     return depths
 
 
-def _hidden_size(model: Path) -> int:
-    return int(read_model_config(model)["hidden_size"])
-
-
 class Tuning(BaseModel):
     """What tuning the backbone did.
 
@@ -310,6 +308,7 @@ class Tuning(BaseModel):
 
 def _tune(
     model: Path,
+    dtype: torch.dtype,
     depths: Sequence[int],
     settings: TuneSettings,
     text: Calibration,
@@ -326,7 +325,7 @@ def _tune(
     tuner = Tuner(loaded, depths, settings, text.train.to(device))
     tuner.train(work.folder)
     tuned = tuner.finish().eval()
-    tuned.to(_base_dtype(read_model_config(model)))
+    tuned.to(dtype)
     if folder.exists():
         shutil.rmtree(folder)
     tuned.save_pretrained(folder)
@@ -342,6 +341,7 @@ def _tune(
 
 def _train(
     model: Path,
+    dtype: torch.dtype,
     exits: list[Exit],
     depths: Sequence[int],
     text: Calibration,
@@ -358,8 +358,8 @@ def _train(
     losses: dict[str, Any] = {}
     if trained is None or judged is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if request.train.precision == "bf16" else torch.float32
-        loaded = load_model(model, dtype).to(device)
+        working = torch.bfloat16 if request.train.precision == "bf16" else torch.float32
+        loaded = load_model(model, working).to(device)
         held = _captured(loaded, text.held_out, depths, "features-held-out", request, work)
         whole = _captured(loaded, text.train, depths, "features-train", request, work)
         part = max(1, int(len(text.train) * CHOOSING_SHARE))
@@ -370,10 +370,9 @@ def _train(
             if exit.adapter is not None:
                 curve = trainer.fit_adapter(exit.adapter, hidden[index], final)
                 losses[f"adapter {depths[index]}"] = _thinned(curve)
-        stored_dtype = _base_dtype(read_model_config(model))
         for exit in exits:  # judged as they will be stored
             if exit.adapter is not None:
-                exit.adapter.to(stored_dtype).float()
+                exit.adapter.to(dtype).float()
         losses["gates"] = _thinned(
             trainer.fit_gates(exits, hidden, trainer.verdicts(exits, hidden, final))
         )
@@ -425,14 +424,8 @@ def _thinned(losses: Sequence[float], points: int = 50) -> list[float]:
     return [round(loss, 5) for loss in losses[:: max(1, len(losses) // points)]]
 
 
-def _base_dtype(config: dict[str, Any]) -> torch.dtype:
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, str(name))
-
-
-def _stored(exits: Sequence[Exit], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors as in a checkpoint: gates in fp32, adapters in the base model's dtype."""
-    dtype = _base_dtype(config)
+def _stored(exits: Sequence[Exit], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors as in a checkpoint: gates in fp32, adapters in the base model's `dtype`."""
     return {
         f"model.exits.{index}.{name}": value.detach()
         .to("cpu", dtype if name.startswith("adapter") else torch.float32)

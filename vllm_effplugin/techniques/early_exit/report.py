@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from pydantic import BaseModel
 from rich.table import Table
 
+from vllm_effplugin.preparation.plot import new_axes, to_png
 from vllm_effplugin.techniques.early_exit.config import NEVER
 from vllm_effplugin.techniques.early_exit.forecast import Forecast
 from vllm_effplugin.techniques.early_exit.thresholds import Promise
@@ -71,12 +71,10 @@ def frontier_png(
     points: Sequence[Point], promise: Promise | None, forecasts: Sequence[Forecast]
 ) -> bytes:
     """Expected speed over agreement, a line per batch size; stars where the promise is kept."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = new_axes(
+        "agreement with the full model, held-out text",
+        "expected tokens/s, relative to the full model",
+    )
     agreement = [point.agreement for point in points]
     for index, item in enumerate(points[0].forecasts if points else ()):
         speeds = [point.forecasts[index].speed for point in points]
@@ -84,12 +82,4 @@ def frontier_png(
         if promise is not None and forecasts:
             axes.plot(promise.agreement, forecasts[index].speed, "*", ms=14, color=line.get_color())
     axes.axhline(1, color="gray", lw=1)
-    axes.set(
-        xlabel="agreement with the full model, held-out text",
-        ylabel="expected tokens/s, relative to the full model",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return to_png(axes)

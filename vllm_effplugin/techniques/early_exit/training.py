@@ -9,7 +9,7 @@ Shapes: `N` tokens, `d` hidden size, `V` vocabulary, `E` exits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,25 +88,18 @@ class Trainer:
         adapter.float().to(self._device)
         with torch.no_grad():
             adapter.correction.weight.copy_(ridge(hidden, final))
+
+        def loss(rows: Tensor) -> Tensor:
+            states = hidden[rows].to(self._device).float()
+            oracle = self._norm(final[rows].to(self._device).float())
+            return HeadDivergence.apply(self._norm(adapter(states)), oracle, self._head)
+
         settings = self._settings
-        steps = settings.adapter_tokens // settings.batch
         optimizer = torch.optim.AdamW(
             adapter.parameters(), lr=settings.adapter_rate, weight_decay=0.0
         )
-        losses = []
-        batches = self._batches(len(hidden), steps)
-        for step, rows in enumerate(tqdm(batches, total=steps, desc="adapter", leave=False)):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.adapter_rate * _cosine(step, steps)
-            states = hidden[rows].to(self._device).float()
-            oracle = self._norm(final[rows].to(self._device).float())
-            ours = self._norm(adapter(states))
-            loss = HeadDivergence.apply(ours, oracle, self._head)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-        return losses
+        steps = settings.adapter_tokens // settings.batch
+        return self._descend(optimizer, loss, len(hidden), steps, "adapter")
 
     # --- Verdicts --------------------------------------------------------------------------------
 
@@ -176,35 +169,50 @@ class Trainer:
             with torch.no_grad():  # start from the share of tokens that might leave
                 last.bias.fill_(float(torch.logit(share)))
         parameters = [p for _, exit in trained for p in exit.gate.parameters()]  # type: ignore[union-attr]
-        settings = self._settings
-        optimizer = torch.optim.AdamW(parameters, lr=settings.gate_rate, weight_decay=1e-2)
-        count = hidden.shape[1]
-        steps = settings.gate_epochs * max(1, count // settings.batch)
         weights = torch.tensor([i + 1.0 for i, _ in trained])
         weights /= weights.sum()
-        losses: list[float] = []
-        for step, rows in enumerate(
-            tqdm(self._batches(count, steps), total=steps, desc="gates", leave=False)
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.gate_rate * _cosine(step, steps)
-            loss = torch.zeros((), device=self._device)
+
+        def loss(rows: Tensor) -> Tensor:
+            total = torch.zeros((), device=self._device)
             for (i, exit), weight in zip(trained, weights.tolist(), strict=True):
                 assert exit.gate is not None
                 logits = exit.gate(hidden[i][rows].to(self._device))
                 target = verdicts[i].target[rows].to(self._device).float()
-                loss = loss + weight * nn.functional.binary_cross_entropy_with_logits(
-                    logits, target
-                )
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
+                total += weight * nn.functional.binary_cross_entropy_with_logits(logits, target)
+            return total
+
+        settings = self._settings
+        optimizer = torch.optim.AdamW(parameters, lr=settings.gate_rate, weight_decay=1e-2)
+        count = hidden.shape[1]
+        steps = settings.gate_epochs * max(1, count // settings.batch)
+        losses = self._descend(optimizer, loss, count, steps, "gates")
         per_epoch = max(1, len(losses) // settings.gate_epochs)
         return [
             sum(losses[i : i + per_epoch]) / len(losses[i : i + per_epoch])
             for i in range(0, len(losses), per_epoch)
         ]
+
+    def _descend(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Tensor], Tensor],
+        count: int,
+        steps: int,
+        label: str,
+    ) -> list[float]:
+        """Minimise the `loss` of row indices; the loss of each step."""
+        losses: list[float] = []
+        rates = [group["lr"] for group in optimizer.param_groups]
+        batches = tqdm(self._batches(count, steps), total=steps, desc=label, leave=False)
+        for step, rows in enumerate(batches):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * _cosine(step, steps)
+            value = loss(rows)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(value.detach()))
+        return losses
 
     def _batches(self, count: int, steps: int) -> Iterator[Tensor]:
         """Row indices of each step; shuffled anew in every pass."""

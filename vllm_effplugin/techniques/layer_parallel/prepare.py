@@ -26,7 +26,7 @@ from vllm_effplugin.config.checkpoint import (
 from vllm_effplugin.config.provenance import collect_provenance
 from vllm_effplugin.errors import CheckpointError, ConfigError
 from vllm_effplugin.preparation.base import check_base, find_text, fingerprint, load_model
-from vllm_effplugin.preparation.text import Calibration, TextShape
+from vllm_effplugin.preparation.text import TextShape
 from vllm_effplugin.preparation.workdir import WorkDirectory
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.distill import (
@@ -128,11 +128,7 @@ def prepare(
         fingerprint(model, request.text, request.model_dump(mode="json")),
     )
 
-    kept = work.tensors("text")
-    text = Calibration(**kept) if kept is not None else None
-    if text is None:
-        text = find_text(model, request.text, request.text_shape(), request.seed)
-        work.save_tensors("text", vars(text))
+    text = find_text(model, request.text, request.text_shape(), request.seed, work)
 
     result: SearchResult | None = None
     if efficiency is None:

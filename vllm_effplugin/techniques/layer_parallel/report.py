@@ -5,7 +5,6 @@ Shapes: `M` sequences, `S` positions, `d` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from vllm_effplugin.plan import Unit
 from vllm_effplugin.preparation.head import LOGITS_CHUNK
+from vllm_effplugin.preparation.plot import new_axes, to_png
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import SearchResult, partition_units
@@ -133,13 +133,9 @@ def pairs_table(result: SearchResult) -> Table:
 
 def frontier_png(result: SearchResult, rows: Mapping[str, Quality], num_layers: int) -> bytes:
     """Plot of damage against depth: the search, contiguous ranges, and the result."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = new_axes("sequential depth (units)", "KL to the original (nats per token)")
     searched = [(num_layers, 0.0), *((item.depth, item.kl) for item in result.frontier)]
     axes.plot(*zip(*searched, strict=True), "o-", label="search")
     if result.contiguous:
@@ -154,9 +150,4 @@ def frontier_png(result: SearchResult, rows: Mapping[str, Quality], num_layers: 
             )
     axes.invert_xaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="sequential depth (units)", ylabel="KL to the original (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return to_png(axes)

@@ -1,0 +1,70 @@
+"""What several commands share: options, and numbers as typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from vllm_effplugin.errors import ConfigError
+
+N = TypeVar("N", int, float)
+
+
+class Precision(StrEnum):
+    """Of matrix products in a preparation."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+    def resolve(self) -> str:
+        """`bf16` or `fp32`."""
+        from vllm_effplugin.preparation.precision import default_precision
+
+        return default_precision() if self is Precision.auto else self.value
+
+
+Model = Annotated[Path, typer.Argument(help="Checkpoint directory of the base model.")]
+Out = Annotated[Path, typer.Argument(help="Directory to write.")]
+Text = Annotated[
+    Path | None, typer.Option(help=".txt or .jsonl file; else the model writes the text.")
+]
+SequenceLength = Annotated[int, typer.Option(help="Tokens per sequence.")]
+WorkingPrecision = Annotated[
+    Precision, typer.Option(help="Of matrix products in the preparation; `auto` asks the device.")
+]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+WorkDir = Annotated[
+    Path | None, typer.Option(help="Unfinished work, to resume; beside OUT by default.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")]
+
+
+def parse_numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
+    """Numbers as typed: `14,20,24`.
+
+    Raises:
+        ConfigError: when they are not that.
+    """
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not a list of numbers with commas") from None
+
+
+def in_options(error: Any, sections: tuple[str, ...]) -> ConfigError:
+    """A pydantic validation error of a request, in terms of options.
+
+    Args:
+        sections: fields of the request that no option is named after, whose own fields are.
+    """
+    problems = []
+    for item in error.errors():
+        names = [str(part) for part in item["loc"] if part not in sections]
+        option = f"--{names[0].replace('_', '-')}: " if names else ""
+        problems.append(option + item["msg"].removeprefix("Value error, "))
+    return ConfigError("; ".join(problems))
