@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_effplugin.engine.admission import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
@@ -115,8 +116,14 @@ class EffpluginCPUWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self.model_runner.get_model().measure_costs()
+        self.model_runner.get_model().measure_costs(self._run_dummy)
         return times
+
+    def _run_dummy(self, requests: int) -> None:
+        """Run the model on so many decoding requests that are none, attention included."""
+        self.model_runner._dummy_run(
+            requests, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=True
+        )
 
     # --- For `LLM.collective_rpc` ----------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -220,10 +220,14 @@ class _EfficientForCausalLM(nn.Module):
         if self.model.exit_loop is not None:
             self.model.exit_loop.release(slot)
 
-    def measure_costs(self) -> None:
-        """The engine is ready: measure what depends on the machine."""
+    def measure_costs(self, run_dummy: Callable[[int], Any]) -> None:
+        """The engine is ready: measure what depends on the machine.
+
+        Args:
+            run_dummy: runs the model on so many decoding requests that are none.
+        """
         if self.model.exit_loop is not None:
-            self.model.exit_loop.measure_costs()
+            self.model.exit_loop.measure_costs(run_dummy)
 
 
 class EfficientLlamaForCausalLM(_EfficientForCausalLM, LlamaForCausalLM):

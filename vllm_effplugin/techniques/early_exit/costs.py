@@ -47,9 +47,9 @@ class Costs:
         whole: the stack as one graph.
         segments: the segments, one more than there are exits.
         overhead: seconds to cut a batch to some of its rows.
-        fill: seconds that a row's cache entries cost when it leaves, per exit; None where the
-            skipped layers run later instead (`recompute`). Then a row that leaves costs what one
-            more token costs in a large batch.
+        fill: what the cache entries of rows cost that leave, per exit; None where the skipped
+            layers run later instead (`recompute`). Then a row that leaves costs what one more
+            token costs in a large batch.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Costs:
         whole: Column,
         segments: Sequence[Column],
         overhead: float,
-        fill: Sequence[float] | None,
+        fill: Sequence[Column] | None,
     ) -> None:
         self.whole, self.segments = whole, tuple(segments)
         self.overhead, self.fill = overhead, fill
@@ -66,7 +66,6 @@ class Costs:
         for segment in segments[-2:0:-1]:
             behind = segment + behind
             self.behind.insert(0, behind)
-        self._debt = list(fill) if fill is not None else [column.slope for column in self.behind]
 
     def gain(self, exit: int, tokens: int, staying: int, leaving: int) -> float:
         """Seconds saved by cutting a batch behind an exit.
@@ -79,7 +78,13 @@ class Costs:
         """
         column = self.behind[exit]
         saved = column.at(tokens) - column.at(staying)
-        return saved - leaving * self._debt[exit] - (self.overhead if staying else 0.0)
+        return saved - self._owed(exit, leaving) - (self.overhead if staying else 0.0)
+
+    def _owed(self, exit: int, leaving: int) -> float:
+        """Seconds that rows cost because they left."""
+        if self.fill is not None:
+            return self.fill[exit].at(leaving)
+        return leaving * self.behind[exit].slope
 
     def saved(self, tokens: int, may_leave: Sequence[int]) -> float:
         """Share of a step's time that exits save, negative where segments cost more than that.
@@ -94,7 +99,7 @@ class Costs:
             ready += fired
             if ready and self.gain(exit, remaining, remaining - ready, ready) > 0:
                 remaining -= ready
-                spent += ready * self._debt[exit] + (self.overhead if remaining else 0.0)
+                spent += self._owed(exit, ready) + (self.overhead if remaining else 0.0)
                 ready = 0
             spent += self.segments[exit + 1].at(remaining)
         # Where segments were measured to be faster even if nobody leaves, that is noise.

@@ -37,7 +37,8 @@ class Machine(BaseModel):
         head: an exit's adapter, the final norm and the head, which a `softmax` gate runs.
         segments: for each segment, its seconds for each size.
         overhead: to cut a batch.
-        fill: per exit, for a row that leaves; None under `recompute`.
+        fill: for each exit, the seconds of the cache entries of tokens that leave, for each size;
+            None under `recompute`.
         steps: a whole decode step without exits, head and scheduling included, per batch size.
         block_size: positions of a block of the KV cache.
     """
@@ -47,7 +48,7 @@ class Machine(BaseModel):
     head: list[float]
     segments: list[list[float]]
     overhead: float
-    fill: list[float] | None
+    fill: list[list[float]] | None
     steps: dict[int, float]
     block_size: int
     num_layers: int
@@ -60,7 +61,9 @@ class Machine(BaseModel):
             merged = np.sum(self.segments[start:end], axis=0)
             columns.append(Column(self.sizes, merged.tolist()))
             start = end
-        fill = None if self.fill is None else [self.fill[index] for index in kept]
+        fill = None
+        if self.fill is not None:
+            fill = [Column(self.sizes, self.fill[index]) for index in kept]
         return Costs(Column(self.sizes, self.whole), columns, self.overhead, fill)
 
 
@@ -158,7 +161,7 @@ def _in_segments(
         if departure.batch is not batch:
             seconds += costs.overhead
         if costs.fill is not None:
-            seconds += costs.fill[exit] * int(departure.leaves.sum())
+            seconds += costs.fill[exit].at(int(departure.leaves.sum()))
     passage.finish()
     tokens[-1] = passage.batch.tokens
     return seconds + costs.segments[-1].at(passage.batch.tokens), tokens

@@ -9,9 +9,8 @@ batch is cut where the rows that leave are worth it (`step.py`).
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.forward_context import set_forward_context
 
 from vllm_effplugin.engine.batch import RowSource, Step, current_step
 from vllm_effplugin.engine.segments import compiled_part, run_units
@@ -32,19 +30,17 @@ from vllm_effplugin.techniques.early_exit.counters import Counters, counters_pat
 from vllm_effplugin.techniques.early_exit.draft import DraftRun, Drafts
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
+from vllm_effplugin.techniques.early_exit.measure import (
+    CUTTING_ROWS,
+    SIZES,
+    Rehearsal,
+)
 from vllm_effplugin.techniques.early_exit.request import (
     draft_thresholds,
     parse_exit_request,
     thresholds,
 )
 from vllm_effplugin.techniques.early_exit.step import StepRun
-
-MEASURED_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MEASUREMENTS, MEASURING_SECONDS = 30, 0.6
-"""Most runs of the parts at one size, and the time behind which no third or further one starts."""
-
-CUT_SECONDS = 2e-4
-"""Until measured: host time to cut a batch and to build its attention metadata."""
 
 
 def _gate(exit: Exit, hidden: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
@@ -125,6 +121,7 @@ class ExitLoop:
         self.counters = Counters(len(self.exits))
         self.shadow = config.shadow
         self._head_seconds: list[float] = []
+        self.rehearsal: Rehearsal | None = None
         self.on_step: Callable[[StepRun], None] | None = None
         self.compute_logits: Callable[[Tensor], Tensor | None] = lambda hidden: None
         self.trunk = trunk
@@ -199,6 +196,8 @@ class ExitLoop:
         step = current_step(self._layer_name)
         if step is None or self._source is None:
             return self._warm_up(input_ids, positions, inputs_embeds)
+        if self.rehearsal is not None:
+            return self.rehearsal(step, input_ids, positions)
         self._last_step = step
         slots = self._source.slots()
         if slots is not self._slots:
@@ -286,19 +285,40 @@ class ExitLoop:
 
     # --- Costs -----------------------------------------------------------------------------------
 
-    def measure_costs(self) -> None:
-        """Measure the parts at some batch sizes, attention left out. At the end of start-up."""
+    @torch.inference_mode()
+    def measure_costs(self, run_dummy: Callable[[int], Any]) -> None:
+        """Measure, at the end of start-up, what exits cost and save.
+
+        Args:
+            run_dummy: runs the model on so many tokens, of as many requests as there may be.
+        """
         limit = self.vllm_config.scheduler_config.max_num_batched_tokens
-        sizes = [size for size in MEASURED_SIZES if size <= limit]
+        sizes = [size for size in SIZES if size <= limit]
         if self.config.compaction == "always" or len(sizes) < 2:
             return
-        seconds = np.array([self._part_seconds(size) for size in sizes])
-        seconds = self.agreed(seconds)
-        self._head_seconds, *columns = seconds.T.tolist()
+        found = [self._rehearse(run_dummy, size) for size in sizes]
+        single = min(self.vllm_config.scheduler_config.max_num_seqs, CUTTING_ROWS)
+        overhead = found[max(i for i, size in enumerate(sizes) if size <= single)].overhead
+        parts = np.array([item.parts for item in found]).T
+        fills = np.array([item.fills for item in found]).T
+        # Every rank decides by the same figures.
+        agreed = self.agreed(np.concatenate([parts.ravel(), fills.ravel(), [overhead]]))
+        overhead = float(agreed[-1])
+        parts = agreed[: parts.size].reshape(parts.shape)
+        fills = agreed[parts.size : -1].reshape(fills.shape)
+        self._head_seconds, *columns = parts.tolist()
         whole, *segments = (Column(sizes, column) for column in columns)
-        fill = None if self.fill is None else [0.0] * len(self.exits)
-        self.costs = Costs(whole, segments, CUT_SECONDS, fill)
+        fill = None
+        if self.fill is not None:
+            fill = [Column(sizes, column) for column in fills.tolist()]
+        self.costs = Costs(whole, segments, overhead, fill)
         self._preference = Preference(self.costs)
+
+    def _rehearse(self, run_dummy: Callable[[int], Any], count: int) -> Rehearsal:
+        self.rehearsal = rehearsal = Rehearsal(self)
+        run_dummy(count)
+        self.rehearsal = None
+        return rehearsal
 
     def describe_costs(self) -> dict[str, Any]:
         """What was measured, as JSON: a `forecast.Machine` but for its `steps`."""
@@ -311,41 +331,7 @@ class ExitLoop:
             "head": self._head_seconds,
             "segments": [list(segment.seconds) for segment in costs.segments],
             "overhead": costs.overhead,
-            "fill": None if costs.fill is None else list(costs.fill),
+            "fill": None if costs.fill is None else [list(c.seconds) for c in costs.fill],
             "block_size": self.vllm_config.cache_config.block_size,
             "num_layers": self.num_layers,
         }
-
-    @torch.inference_mode()
-    def _part_seconds(self, tokens: int) -> list[float]:
-        """Seconds of an exit's way to the logits, of the whole stack, and of each segment."""
-        weight = self.trunk.norm.weight
-        positions = torch.zeros(tokens, dtype=torch.int64, device=weight.device)
-        hidden = torch.zeros(tokens, len(weight), dtype=weight.dtype, device=weight.device)
-        ids = torch.zeros_like(positions, dtype=torch.int32)
-        first, *others = self.segments
-        calls = [
-            lambda: self.compute_logits(self.finish(0, hidden)),
-            lambda: self.whole(ids, positions, None),
-            lambda: first(positions, hidden, None),
-            *(lambda part=part: part(positions, hidden, hidden) for part in others),
-        ]
-        with set_forward_context(None, self.vllm_config, num_tokens=tokens):
-            return _best_times(calls, weight.device)
-
-
-def _best_times(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """The shortest time of each, measured in turn, so that a drift falls on all alike."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best = [np.inf] * len(calls)
-    end = time.perf_counter() + MEASURING_SECONDS
-    for round in range(MEASUREMENTS):
-        if round >= 2 and time.perf_counter() > end:
-            break
-        for index, call in enumerate(calls):
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
-            best[index] = min(best[index], time.perf_counter() - start)
-    return best

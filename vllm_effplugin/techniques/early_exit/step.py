@@ -99,7 +99,8 @@ class StepRun:
         confidences = self._in_graph(tails)
         for exit in range(len(loop.exits)):
             states, tails = tails[:2], tails[2 + (loop.exits[exit].gate is not None) :]
-            self._fire(exit, tokens, states, confidences[exit], output)
+            self._fire(exit, states, confidences[exit], output)
+            self._approximate(exit, self.passage.batch, self._watched_at(exit), tokens, states)
         self._compare(full, output)
         if loop.fill is not None:
             loop.fill.write()
@@ -135,12 +136,15 @@ class StepRun:
             )
             depth = loop.exits[exit].point.depth
             confidence = gate[0].cpu().numpy() if gate else None
-            self._fire(exit, tokens, [hidden, residual], confidence, output)
+            states = [hidden, residual]
+            self._fire(exit, states, confidence, output)
             departure = passage.depart(exit)
             leaving = int(np.count_nonzero(departure.leaves))
             loop.counters.add("left", leaving)
             if leaving and loop.waiting.shape[1]:
                 self._keep(before, departure, hidden, residual)
+            skipping = departure.leaves | self._watched_at(exit)[before.rows]
+            self._approximate(exit, before, skipping, tokens, states)
             if departure.batch is None:
                 break
             if departure.batch is not before:
@@ -171,6 +175,24 @@ class StepRun:
         sources, targets = self._on_device(tokens), self._on_device(places)
         self._loop.waiting[0].index_copy_(0, targets, hidden[sources])
         self._loop.waiting[1].index_copy_(0, targets, residual[sources])
+
+    def _approximate(
+        self, exit: int, batch: Batch, skipping: np.ndarray, tokens: _Tokens, states: list[Tensor]
+    ) -> None:
+        """Approximate cache entries for rows that skip what is behind an exit.
+
+        Where a row whose gate fired runs on, because leaving would not pay, its entries are exact.
+
+        Args:
+            skipping: rows of the batch.
+            states: hidden states and residual, `[T, d]`.
+        """
+        fill = self._loop.fill
+        if fill is None or not skipping.any():
+            return
+        index = self._on_device(batch.ends[skipping] - 1)
+        hidden = states[0][index] + states[1][index]
+        fill.add(exit, hidden, index, tokens.positions[index], tokens.slot_mapping[index])
 
     def _places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         room = self._loop.config.max_pending
@@ -238,6 +260,12 @@ class StepRun:
         drawn = pseudo_random(-1, lasts, self.rows.slots) < self._loop.shadow
         return drawn & self._decodes
 
+    def _watched_at(self, exit: int) -> np.ndarray:
+        """Rows that would leave at an exit, and run on only to be compared."""
+        if self._watched is None:
+            return np.zeros(len(self.rows.slots), dtype=bool)
+        return self._watched & (self.passage.fired == exit)
+
     def _compare(self, full: Tensor, output: Tensor) -> None:
         """Count how often exits agree with the full model, over the rows watched.
 
@@ -265,7 +293,6 @@ class StepRun:
     def _fire(
         self,
         exit: int,
-        tokens: _Tokens,
         states: list[Tensor],
         confidence: np.ndarray | None,
         output: Tensor,
@@ -296,10 +323,6 @@ class StepRun:
         exits_from = states[0][index] + states[1][index]
         targets = self._on_device(self._scheduled.ends[rows] - 1)
         output.index_copy_(0, targets, loop.finish(exit, exits_from))
-        if loop.fill is not None:
-            loop.fill.add(
-                exit, exits_from, index, tokens.positions[index], tokens.slot_mapping[index]
-            )
 
     def _score(
         self, exit: int, rows: np.ndarray, lasts: np.ndarray, states: list[Tensor]

@@ -1,0 +1,159 @@
+"""What the parts of a stack with exits cost on this machine, measured at the end of start-up.
+
+Shapes: `T` tokens, `d` hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_effplugin.engine.batch import Rows, Step
+from vllm_effplugin.techniques.early_exit.counters import Counters
+from vllm_effplugin.techniques.early_exit.step import StepRun
+
+if TYPE_CHECKING:
+    from vllm_effplugin.techniques.early_exit.loop import ExitLoop
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+REPEATS, MEASURING_ROUNDS, MEASURING_SECONDS = 5, 6, 0.6
+"""Runs of a step in its turn, most turns, and the time behind which no second or further starts."""
+
+CUTTING_ROWS = 16
+"""Most rows of the batch whose cutting is measured."""
+
+
+class Rehearsal:
+    """Takes the place of a step in the runner's dummy run, attention included, and measures.
+
+    Attributes:
+        parts: seconds of an exit's way to the logits, of the whole stack, and of each segment.
+        fills: for each exit, the seconds that the cache entries of all tokens cost there.
+        overhead: seconds that a step takes longer when it is cut behind its first exit, layers
+            left out; of a batch with one token per request.
+    """
+
+    def __init__(self, loop: ExitLoop) -> None:
+        self._loop = loop
+        self.parts: list[float] = []
+        self.fills: list[float] = []
+        self.overhead = 0.0
+
+    def __call__(self, step: Step, input_ids: Tensor | None, positions: Tensor) -> Tensor:
+        loop = self._loop
+        output = loop.plain(input_ids, positions, None)
+        self.parts = self._part_seconds(input_ids, positions, output)
+        if loop.fill is not None:
+            self.fills = [
+                self._fill_seconds(exit, step, output, positions) for exit in range(len(loop.exits))
+            ]
+        if 1 < step.common.num_reqs == len(positions):
+            self.overhead = self._cutting_seconds(step, input_ids, positions, output)
+        return output
+
+    def _part_seconds(
+        self, input_ids: Tensor | None, positions: Tensor, hidden: Tensor
+    ) -> list[float]:
+        loop = self._loop
+        first, *others = loop.segments
+        head = lambda: loop.compute_logits(loop.finish(0, hidden))  # noqa: E731
+        as_one = [head, lambda: loop.whole(input_ids, positions, None)]
+        in_segments = [
+            head,
+            lambda: first(positions, hidden, None),
+            *(lambda part=part: part(positions, hidden, hidden) for part in others),
+        ]
+        (head_seconds, whole), (_, *segments) = _best_times([as_one, in_segments], positions.device)
+        return [head_seconds, whole, *segments]
+
+    def _fill_seconds(self, exit: int, step: Step, hidden: Tensor, positions: Tensor) -> float:
+        fill = self._loop.fill
+        assert fill is not None
+        indices = torch.arange(len(positions), device=positions.device)
+        nowhere = torch.full_like(step.common.slot_mapping[: len(positions)], -1)
+
+        def run() -> None:
+            fill.add(exit, hidden, indices, positions, nowhere)
+            fill.write()
+
+        return _best_times([[run]], positions.device)[0][0]
+
+    def _cutting_seconds(
+        self, step: Step, input_ids: Tensor | None, positions: Tensor, hidden: Tensor
+    ) -> float:
+        """The time of a step of which every other row leaves, less that of an uncut one."""
+        loop, count = self._loop, len(positions)
+        ones = np.ones(count, dtype=np.int64)
+        rows = Rows(np.arange(count), np.zeros_like(ones), ones, ones.astype(bool))
+        thresholds = np.full((count, len(loop.exits)), np.inf)
+        thresholds[::2, 0] = -np.inf
+
+        def run() -> StepRun:
+            return StepRun(loop, step, rows, rows.decodes, thresholds, input_ids, positions)
+
+        with _without_layers(loop, hidden):
+            [[cut], [whole]] = _best_times(
+                [[lambda: run().in_segments(hidden)], [lambda: run().as_one(None)]],
+                positions.device,
+            )
+        for slot in range(count):
+            loop.ledger.open(slot)
+        return max(0.0, cut - whole)
+
+
+@contextmanager
+def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
+    """Everything of a step but its layers: they give `hidden`, as far as there are tokens."""
+    kept = (loop.segments, loop.whole, loop.fill, loop.counters, loop.shadow)
+    gates = [exit.gate is not None for exit in loop.exits]
+
+    def tail(count: int, has_gate: bool) -> tuple[Tensor, ...]:
+        states = (hidden[:count], hidden[:count])
+        return (*states, hidden[:count, 0].float()) if has_gate else states
+
+    def to_exit(has_gate: bool) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda positions, *_: tail(len(positions), has_gate)
+
+    tails = [state for has_gate in gates for state in tail(len(hidden), has_gate)]
+    loop.segments = [*map(to_exit, gates), lambda positions, *_: hidden[: len(positions)]]
+    loop.whole = lambda *_: (hidden.clone(), *tails)
+    loop.fill, loop.counters, loop.shadow = None, Counters(len(loop.exits)), 0.0
+    try:
+        yield
+    finally:
+        loop.segments, loop.whole, loop.fill, loop.counters, loop.shadow = kept
+
+
+def _best_times(
+    steps: Sequence[Sequence[Callable[[], Any]]], device: torch.device
+) -> list[list[float]]:
+    """The shortest time of each call.
+
+    Args:
+        steps: calls that follow each other. A step is repeated before the next one's turn, and its
+            first time does not count, so that caches hold what they hold in a run of such steps;
+            the steps take turns, so that a drift falls on all alike.
+    """
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = [[np.inf] * len(calls) for calls in steps]
+    end = time.perf_counter() + MEASURING_SECONDS
+    for round in range(MEASURING_ROUNDS):
+        if round >= 1 and time.perf_counter() > end:
+            break
+        for index, calls in enumerate(steps):
+            for repeat in range(REPEATS):
+                for place, call in enumerate(calls):
+                    synchronize()
+                    start = time.perf_counter()
+                    call()
+                    synchronize()
+                    if repeat:
+                        taken = time.perf_counter() - start
+                        best[index][place] = min(best[index][place], taken)
+    return best
