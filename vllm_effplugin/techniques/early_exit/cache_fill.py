@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,23 +19,115 @@ from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 class CacheFill(Protocol):
     """Writes what tokens owe the layers that they skip."""
 
+    widths: tuple[int, ...]
+    """Sizes of the rows of the tensors that a token's entries are made from."""
+
     def prepare(self) -> None:
         """The model's weights are loaded, and not yet in the form that kernels want."""
 
-    def add(
-        self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor
-    ) -> None:
-        """Tokens leave.
+    def sources(self, exit: int, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """What the entries of tokens that leave are made from, now or later.
 
         Args:
             exit: index of the exit.
             hidden: `[n, d]` hidden states there.
             tokens: their indices in the batch that the last segment ran on.
-            positions, slots: their positions and cache slots.
+
+        Returns:
+            a tensor `[n, width]` for each of `widths`.
         """
 
-    def write(self) -> None:
-        """Write the entries of all tokens added since the last time."""
+    def write(self, exit: int, sources: Sequence[Tensor], positions: Tensor, slots: Tensor) -> None:
+        """Write the entries of tokens that left at an exit.
+
+        Args:
+            sources: of these tokens.
+            positions, slots: their positions and cache slots, `[n]`.
+        """
+
+
+class PendingFills:
+    """Entries that nothing reads yet, by request.
+
+    A skipped layer's entry is read when a later token of its request runs that layer, and may be
+    shared once its block is full. Until then it waits, so that many are written together: one
+    token's entries cost nearly what sixteen tokens' cost, since the weights are read either way.
+
+    Args:
+        fill: makes and writes entries.
+        slots: most requests at a time.
+        room: most tokens of a request that wait.
+        block_size: positions of a block of the KV cache.
+    """
+
+    def __init__(
+        self, fill: CacheFill, slots: int, room: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        self._fill, self._room, self._block_size = fill, room, block_size
+        self._count = np.zeros(slots, dtype=np.int64)
+        self._exits = np.zeros((slots, room), dtype=np.int64)
+        self._positions = np.zeros((slots, room), dtype=np.int64)
+        self._cache_slots = torch.zeros(slots * room, dtype=torch.int64)
+        self._sources = [torch.empty(slots * room, width, dtype=dtype) for width in fill.widths]
+        self._full = False
+
+    def open(self, slot: int) -> None:
+        """A new request: nothing waits."""
+        self._count[slot] = 0
+
+    def add(
+        self,
+        slots: np.ndarray,
+        exit: int,
+        sources: Sequence[Tensor],
+        positions: np.ndarray,
+        cache_slots: Tensor,
+    ) -> None:
+        """One token of each of some requests left at an exit.
+
+        Args:
+            sources: from which the tokens' entries are made.
+            positions, cache_slots: of the tokens.
+        """
+        count = self._count[slots]
+        self._exits[slots, count] = exit
+        self._positions[slots, count] = positions
+        places = torch.from_numpy(slots * self._room + count).to(cache_slots.device)
+        self._cache_slots.index_copy_(0, places, cache_slots.long())
+        for kept, source in zip(self._sources, sources, strict=True):
+            kept.index_copy_(0, places, source)
+        self._count[slots] = count = count + 1
+        due = (count == self._room) | ((positions + 1) % self._block_size == 0)
+        self._full = self._full or bool(due.any())
+
+    def write(self, slots: np.ndarray) -> None:
+        """Write what waits of some requests: a layer behind an exit is about to read it."""
+        counts = self._count[slots]
+        if not counts.any():
+            return
+        owing = np.repeat(slots, counts)
+        nth = np.arange(len(owing)) - np.repeat(np.cumsum(counts) - counts, counts)
+        exits = self._exits[owing, nth]
+        places = owing * self._room + nth
+        for exit in np.unique(exits).tolist():
+            chosen = exits == exit
+            at = torch.from_numpy(places[chosen]).to(self._cache_slots.device)
+            positions = torch.from_numpy(self._positions[owing, nth][chosen]).to(at.device)
+            self._fill.write(
+                exit, [kept[at] for kept in self._sources], positions, self._cache_slots[at]
+            )
+        self._count[slots] = 0
+
+    def end_step(self, slots: np.ndarray) -> None:
+        """The step is over: leave no room and no block full of what waits.
+
+        Args:
+            slots: the step's requests. All of them are written where one has to be: it costs
+                little more.
+        """
+        if self._full:
+            self.write(slots)
+            self._full = False
 
 
 def open_fill(config: EarlyExitConfig, trunk: Any) -> CacheFill | None:
@@ -72,7 +165,7 @@ class Propagate:
     def __init__(self, layers: Sequence[Any], depths: Sequence[int]) -> None:
         self._layers = layers[depths[0] :]
         self._first = [depth - depths[0] for depth in depths]
-        self._added: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.widths: tuple[int, ...] = (layers[0].self_attn.hidden_size,)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -87,17 +180,12 @@ class Propagate:
         self._weight = torch.cat(weights).to(dtype)  # [l * 2 * h * s, d]
         self._bias = torch.cat(biases).to(dtype) if biases else None
 
-    def add(
-        self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor
-    ) -> None:
-        self._added.append((exit, hidden, positions, slots))
+    def sources(self, exit: int, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (hidden,)
 
-    def write(self) -> None:
-        for exit, hidden, positions, slots in self._added:
-            self._write(self._first[exit], hidden, positions, slots)
-        self._added.clear()
-
-    def _write(self, first: int, hidden: Tensor, positions: Tensor, slots: Tensor) -> None:
+    def write(self, exit: int, sources: Sequence[Tensor], positions: Tensor, slots: Tensor) -> None:
+        [hidden] = sources
+        first = self._first[exit]
         layers = self._layers[first:]
         attention = layers[0].self_attn
         size = 2 * attention.kv_size
@@ -107,19 +195,19 @@ class Propagate:
         bias = None if self._bias is None else self._bias[first * size :]
         both = nn.functional.linear(normed.to(hidden.dtype), self._weight[first * size :], bias)
         both = both.view(len(hidden), len(layers), 2, -1, attention.head_dim)
-        keys, values = both[:, :, 0], both[:, :, 1]  # [n, l, h, s]
+        keys, values = both.permute(2, 1, 0, 3, 4).contiguous()  # [l, n, h, s] each
         if hasattr(attention, "k_norm"):
             weight = torch.stack([layer.self_attn.k_norm.weight for layer in layers])
             scale = torch.rsqrt(
                 keys.float().square().mean(-1, keepdim=True) + attention.k_norm.variance_epsilon
             )
-            keys = (keys.float() * scale).to(hidden.dtype) * weight[:, None]
-        repeated = positions.repeat_interleave(len(layers))
-        flat = keys.reshape(len(repeated), -1)
-        _, flat = attention.rotary_emb(repeated, flat.clone(), flat)
-        keys = flat.view(len(hidden), len(layers), -1, attention.head_dim)
-        for i, layer in enumerate(layers):
-            _write(layer, keys[:, i].contiguous(), values[:, i].contiguous(), slots)
+            keys = (keys.float() * scale).to(hidden.dtype) * weight[:, None, None]
+        flat, _ = attention.rotary_emb(
+            positions.repeat(len(layers)), keys.view(len(layers) * len(hidden), -1), None
+        )
+        keys = flat.view(values.shape)
+        for layer, key, value in zip(layers, keys, values, strict=True):
+            _write(layer, key, value, slots)
 
 
 class Copy:
@@ -128,22 +216,21 @@ class Copy:
     def __init__(self, layers: Sequence[Any], depths: Sequence[int]) -> None:
         self._skipped = [layers[depth:] for depth in depths]
         self._seen = [_Recorder(layers[depth - 1].self_attn.attn) for depth in depths]
-        self._added: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        attention = layers[0].self_attn
+        self._shape = (-1, attention.num_kv_heads, attention.head_dim)
+        self.widths: tuple[int, ...] = (attention.kv_size, attention.kv_size)
 
     def prepare(self) -> None:
         pass
 
-    def add(
-        self, exit: int, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor
-    ) -> None:
+    def sources(self, exit: int, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         seen = self._seen[exit]
-        self._added.append((exit, seen.key[tokens], seen.value[tokens], slots))
+        return seen.key[tokens].flatten(1), seen.value[tokens].flatten(1)
 
-    def write(self) -> None:
-        for exit, key, value, slots in self._added:
-            for layer in self._skipped[exit]:
-                _write(layer, key, value, slots)
-        self._added.clear()
+    def write(self, exit: int, sources: Sequence[Tensor], positions: Tensor, slots: Tensor) -> None:
+        key, value = (source.view(self._shape) for source in sources)
+        for layer in self._skipped[exit]:
+            _write(layer, key, value, slots)
 
 
 class _Recorder:

@@ -50,6 +50,7 @@ class Costs:
         fill: what the cache entries of rows cost that leave, per exit; None where the skipped
             layers run later instead (`recompute`). Then a row that leaves costs what one more
             token costs in a large batch.
+        max_pending: tokens of a request whose entries may wait, to be written together.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Costs:
         segments: Sequence[Column],
         overhead: float,
         fill: Sequence[Column] | None,
+        max_pending: int,
     ) -> None:
         self.whole, self.segments = whole, tuple(segments)
+        self._max_pending = max_pending
         self.overhead, self.fill = overhead, fill
         behind = segments[-1]
         self.behind = [behind]
@@ -78,13 +81,19 @@ class Costs:
         """
         column = self.behind[exit]
         saved = column.at(tokens) - column.at(staying)
-        return saved - self._owed(exit, leaving) - (self.overhead if staying else 0.0)
+        return saved - self.owed(exit, staying, leaving) - (self.overhead if staying else 0.0)
 
-    def _owed(self, exit: int, leaving: int) -> float:
-        """Seconds that rows cost because they left."""
-        if self.fill is not None:
+    def owed(self, exit: int, staying: int, leaving: int) -> float:
+        """Seconds that rows cost because they left, whenever these are spent.
+
+        Where some stay, their next steps read what others of their tokens owe, so entries are
+        written about as often as they are made; where none does, as seldom as may be.
+        """
+        if self.fill is None:
+            return leaving * self.behind[exit].slope
+        if staying:
             return self.fill[exit].at(leaving)
-        return leaving * self.behind[exit].slope
+        return self.fill[exit].at(leaving * self._max_pending) / self._max_pending
 
     def saved(self, tokens: int, may_leave: Sequence[int]) -> float:
         """Share of a step's time that exits save, negative where segments cost more than that.
@@ -99,7 +108,7 @@ class Costs:
             ready += fired
             if ready and self.gain(exit, remaining, remaining - ready, ready) > 0:
                 remaining -= ready
-                spent += self._owed(exit, ready) + (self.overhead if remaining else 0.0)
+                spent += self.owed(exit, remaining, ready) + (self.overhead if remaining else 0.0)
                 ready = 0
             spent += self.segments[exit + 1].at(remaining)
         # Where segments were measured to be faster even if nobody leaves, that is noise.

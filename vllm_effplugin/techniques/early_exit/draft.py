@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 from vllm.forward_context import set_forward_context
 
 from vllm_effplugin.engine.batch import Step, one_token_each
+from vllm_effplugin.techniques.early_exit.exits import take_tail
 from vllm_effplugin.techniques.early_exit.step import pseudo_random
 
 if TYPE_CHECKING:
@@ -78,16 +78,16 @@ class DraftRun:
             slot_mapping=dict.fromkeys(self._names, slots),
         ):
             hidden, residual = loop.trunk.embed(torch.from_numpy(ids).to(device), None), None
-            gate: list[Tensor] = []
-            for segment in loop.segments[: self._exit + 1]:
-                hidden, residual, *gate = segment(at, hidden, residual)
+            for exit, segment in zip(loop.exits[: self._exit + 1], loop.segments, strict=False):
+                tail = take_tail(exit, list(segment(at, hidden, residual)))
+                hidden, residual = tail.hidden, tail.residual
         depth = loop.exits[self._exit].point.depth
         loop.counters.add("layer_tokens", len(rows) * depth)
-        logits = loop.compute_logits(loop.finish(self._exit, hidden + residual))
+        logits = loop.compute_logits(loop.finished(self._exit, tail, slice(None)))
         assert logits is not None  # one rank
         probability, token = logits.float().softmax(-1).max(-1)
-        if gate:
-            scores = gate[0].cpu().numpy()
+        if tail.gate is not None:
+            scores = tail.gate.cpu().numpy()
         elif loop.exits[self._exit].point.gate == "softmax":
             scores = probability.cpu().numpy()
         else:

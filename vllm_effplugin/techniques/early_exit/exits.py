@@ -7,6 +7,7 @@ see them divided by their root mean square, so that one threshold fits tokens of
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,14 @@ class Exit(nn.Module):
         self.gate = Gate(point.gate, hidden_size, config.gate_width) if trained else None
         self.adapter = LinearAdapter(hidden_size) if point.adapter == "linear" else None
 
+    @property
+    def finishes_in_graph(self) -> bool:
+        """Whether the final norm's output is computed for all tokens, with the layers before.
+
+        It costs next to nothing there without an adapter; with one, only tokens that leave pay.
+        """
+        return self.adapter is None
+
     def comparable(self, threshold: float) -> float:
         """A threshold in the unit of what the gate gives: a logit if trained, else a share."""
         if threshold >= NEVER:
@@ -76,3 +85,36 @@ class Exit(nn.Module):
     def adapt(self, hidden: Tensor) -> Tensor:
         """What the final norm reads, `[T, d]`, from the exit's hidden states."""
         return hidden if self.adapter is None else self.adapter(hidden)
+
+
+@dataclass
+class Tail:
+    """What the stack gives at an exit, per token of the batch.
+
+    Attributes:
+        hidden, residual: `[T, d]`; their sum is the exit's hidden state.
+        finished: `[T, d]` the final norm's output, where the graph computed it.
+        gate: `[T]` logits of a trained gate.
+    """
+
+    hidden: Tensor
+    residual: Tensor
+    finished: Tensor | None
+    gate: Tensor | None
+
+    def at(self, index: Tensor | slice) -> Tensor:
+        """Hidden states of some tokens, `[n, d]`."""
+        return self.hidden[index] + self.residual[index]
+
+
+def take_tail(exit: Exit, tensors: list[Tensor]) -> Tail:
+    """An exit's part of what a graph returned; removes it from the list's front."""
+    size = 2 + exit.finishes_in_graph + (exit.gate is not None)
+    hidden, residual, *others = tensors[:size]
+    del tensors[:size]
+    return Tail(
+        hidden,
+        residual,
+        others[0] if exit.finishes_in_graph else None,
+        others[-1] if exit.gate is not None else None,
+    )

@@ -53,7 +53,7 @@ class Machine(BaseModel):
     block_size: int
     num_layers: int
 
-    def costs(self, kept: Sequence[int]) -> Costs:
+    def costs(self, kept: Sequence[int], max_pending: int) -> Costs:
         """The cost table of a stack that has only some of the exits, given by index."""
         columns: list[Column] = []
         start = 0
@@ -64,7 +64,8 @@ class Machine(BaseModel):
         fill = None
         if self.fill is not None:
             fill = [Column(self.sizes, self.fill[index]) for index in kept]
-        return Costs(Column(self.sizes, self.whole), columns, self.overhead, fill)
+        whole = Column(self.sizes, self.whole)
+        return Costs(whole, columns, self.overhead, fill, max_pending)
 
 
 class Forecast(BaseModel):
@@ -94,7 +95,7 @@ def forecast(
         batch: requests that decode at a time; one that ends is followed by the next sequence.
     """
     exits = config.exits
-    costs = machine.costs(kept)
+    costs = machine.costs(kept, config.max_pending)
     layers = np.diff([0, *(point.depth for point in exits), machine.num_layers])
     preference = Preference(costs)
     ledger = Ledger(batch, len(exits), config.max_pending, machine.block_size)
@@ -156,12 +157,13 @@ def _in_segments(
             seconds += asked.at(int((passage.fired[batch.rows] == STAYS).sum()))
         passage.fired[chosen == exit] = exit
         departure = passage.depart(exit)
-        if departure.batch is None:
+        after, leaving = departure.batch, int(departure.leaves.sum())
+        if costs.fill is not None and leaving:
+            seconds += costs.owed(exit, 0 if after is None else after.tokens, leaving)
+        if after is None:
             return seconds, tokens
-        if departure.batch is not batch:
+        if after is not batch:
             seconds += costs.overhead
-        if costs.fill is not None:
-            seconds += costs.fill[exit].at(int(departure.leaves.sum()))
     passage.finish()
     tokens[-1] = passage.batch.tokens
     return seconds + costs.segments[-1].at(passage.batch.tokens), tokens

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,12 @@ from vllm_effplugin.engine.batch import RowSource, Step, current_step
 from vllm_effplugin.engine.segments import compiled_part, run_units
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
-from vllm_effplugin.techniques.early_exit.cache_fill import open_fill
+from vllm_effplugin.techniques.early_exit.cache_fill import PendingFills, open_fill
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
 from vllm_effplugin.techniques.early_exit.counters import Counters, counters_path, publish
 from vllm_effplugin.techniques.early_exit.draft import DraftRun, Drafts
-from vllm_effplugin.techniques.early_exit.exits import Exit
+from vllm_effplugin.techniques.early_exit.exits import Exit, Tail
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
 from vllm_effplugin.techniques.early_exit.measure import (
     CUTTING_ROWS,
@@ -43,15 +44,22 @@ from vllm_effplugin.techniques.early_exit.request import (
 from vllm_effplugin.techniques.early_exit.step import StepRun
 
 
-def _gate(exit: Exit, hidden: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
-    return () if exit.gate is None else (exit.gate(hidden + residual),)
+def _tail(trunk: Any, exit: Exit, hidden: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    """What is needed of a batch behind an exit, in the order of `take_tail`."""
+    tail = [hidden, residual]
+    if exit.finishes_in_graph:
+        tail.append(trunk.norm(hidden + residual))
+    if exit.gate is not None:
+        tail.append(exit.gate(hidden + residual))
+    return tuple(tail)
 
 
 def _to_exit(
     self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, ...]:
-    hidden, residual = run_units(self.units, self.owned[0].layers, positions, hidden, residual)
-    return hidden, residual, *_gate(self.exit[0], hidden, residual)
+    trunk = self.owned[0]
+    hidden, residual = run_units(self.units, trunk.layers, positions, hidden, residual)
+    return _tail(trunk, self.exit[0], hidden, residual)
 
 
 def _to_end(self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
@@ -80,7 +88,7 @@ def _whole(
         hidden, residual = trunk.layers[unit.first](positions, hidden, residual)
         exit = self.exit_behind[0].get(unit.layers[-1])
         if exit is not None:
-            exits += [hidden, residual, *_gate(exit, hidden, residual)]
+            exits += _tail(trunk, exit, hidden, residual)
     return trunk.norm(hidden, residual)[0], *exits
 
 
@@ -133,7 +141,6 @@ class ExitLoop:
         slots = vllm_config.scheduler_config.max_num_seqs
         self._thresholds = np.full((slots, len(self.exits)), np.inf)
         self._draft_thresholds = np.full((slots, len(self.exits)), np.inf)
-        self._ledger: Ledger | None = None
         # Of the batch's requests, while they stay the same: their slots and thresholds, whether
         # each may leave somewhere, and whether any may.
         self._slots: np.ndarray | None = None
@@ -170,22 +177,40 @@ class ExitLoop:
         for i, exit in enumerate(self.exits):
             self._thresholds[slot, i] = exit.comparable(leave[i])
             self._draft_thresholds[slot, i] = exit.comparable(draft[i])
-        self.ledger.open(slot)
+        self._open(slot)
 
     def release(self, slot: int) -> None:
         """The request in a slot has ended or lost its cache: it owes nothing any more."""
-        self.ledger.open(slot)
+        self._open(slot)
         self.counters.set("pending", self.ledger.backlog)
 
-    @property
+    def _open(self, slot: int) -> None:
+        self.ledger.open(slot)
+        if self.fills is not None:
+            self.fills.open(slot)
+
+    # Made late: the block size is final only with the cache.
+
+    @cached_property
     def ledger(self) -> Ledger:
-        """What the requests owe. Made late: the block size is final only with the cache."""
-        if self._ledger is None:
-            slots, exits = self._thresholds.shape
-            self._ledger = Ledger(
-                slots, exits, self.config.max_pending, self.vllm_config.cache_config.block_size
-            )
-        return self._ledger
+        """What the requests owe under `recompute`."""
+        slots, exits = self._thresholds.shape
+        return Ledger(
+            slots, exits, self.config.max_pending, self.vllm_config.cache_config.block_size
+        )
+
+    @cached_property
+    def fills(self) -> PendingFills | None:
+        """What they owe under the other policies."""
+        if self.fill is None:
+            return None
+        return PendingFills(
+            self.fill,
+            len(self._thresholds),
+            self.config.max_pending,
+            self.vllm_config.cache_config.block_size,
+            self.vllm_config.model_config.dtype,
+        )
 
     # --- A step ----------------------------------------------------------------------------------
 
@@ -238,6 +263,12 @@ class ExitLoop:
     def finish(self, exit: int, hidden: Tensor) -> Tensor:
         """The final norm's output for `[n, d]` hidden states that leave at an exit."""
         return self.trunk.norm(self.exits[exit].adapt(hidden))
+
+    def finished(self, exit: int, tail: Tail, index: Tensor | slice) -> Tensor:
+        """The same for some tokens of a batch, `[n, d]`."""
+        if tail.finished is not None:
+            return tail.finished[index]
+        return self.finish(exit, tail.at(index))
 
     # --- Verified drafts ------------------------------------------------------------------------
 
@@ -311,7 +342,7 @@ class ExitLoop:
         fill = None
         if self.fill is not None:
             fill = [Column(sizes, column) for column in fills.tolist()]
-        self.costs = Costs(whole, segments, overhead, fill)
+        self.costs = Costs(whole, segments, overhead, fill, self.config.max_pending)
         self._preference = Preference(self.costs)
 
     def _rehearse(self, run_dummy: Callable[[int], Any], count: int) -> Rehearsal:

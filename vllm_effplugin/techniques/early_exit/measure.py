@@ -19,6 +19,7 @@ from vllm_effplugin.techniques.early_exit.counters import Counters
 from vllm_effplugin.techniques.early_exit.step import StepRun
 
 if TYPE_CHECKING:
+    from vllm_effplugin.techniques.early_exit.exits import Exit
     from vllm_effplugin.techniques.early_exit.loop import ExitLoop
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -79,8 +80,7 @@ class Rehearsal:
         nowhere = torch.full_like(step.common.slot_mapping[: len(positions)], -1)
 
         def run() -> None:
-            fill.add(exit, hidden, indices, positions, nowhere)
-            fill.write()
+            fill.write(exit, fill.sources(exit, hidden, indices), positions, nowhere)
 
         return _best_times([[run]], positions.device)[0][0]
 
@@ -110,24 +110,23 @@ class Rehearsal:
 @contextmanager
 def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
     """Everything of a step but its layers: they give `hidden`, as far as there are tokens."""
-    kept = (loop.segments, loop.whole, loop.fill, loop.counters, loop.shadow)
-    gates = [exit.gate is not None for exit in loop.exits]
+    kept = (loop.segments, loop.whole, loop.fills, loop.counters, loop.shadow)
 
-    def tail(count: int, has_gate: bool) -> tuple[Tensor, ...]:
-        states = (hidden[:count], hidden[:count])
-        return (*states, hidden[:count, 0].float()) if has_gate else states
+    def tail(exit: Exit, count: int) -> tuple[Tensor, ...]:
+        states = [hidden[:count]] * (2 + exit.finishes_in_graph)
+        return (*states, hidden[:count, 0].float()) if exit.gate is not None else tuple(states)
 
-    def to_exit(has_gate: bool) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda positions, *_: tail(len(positions), has_gate)
+    def to_exit(exit: Exit) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda positions, *_: tail(exit, len(positions))
 
-    tails = [state for has_gate in gates for state in tail(len(hidden), has_gate)]
-    loop.segments = [*map(to_exit, gates), lambda positions, *_: hidden[: len(positions)]]
+    tails = [state for exit in loop.exits for state in tail(exit, len(hidden))]
+    loop.segments = [*map(to_exit, loop.exits), lambda positions, *_: hidden[: len(positions)]]
     loop.whole = lambda *_: (hidden.clone(), *tails)
-    loop.fill, loop.counters, loop.shadow = None, Counters(len(loop.exits)), 0.0
+    loop.fills, loop.counters, loop.shadow = None, Counters(len(loop.exits)), 0.0
     try:
         yield
     finally:
-        loop.segments, loop.whole, loop.fill, loop.counters, loop.shadow = kept
+        loop.segments, loop.whole, loop.fills, loop.counters, loop.shadow = kept
 
 
 def _best_times(

@@ -8,6 +8,7 @@ the step ("row"), unless said otherwise; a row's tokens end at its last position
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_effplugin.engine.batch import Rows, Step, running_on, subset
+from vllm_effplugin.techniques.early_exit.exits import Tail, take_tail
 from vllm_effplugin.techniques.early_exit.passage import STAYS, Batch, Departure, Passage
 
 if TYPE_CHECKING:
@@ -82,6 +84,9 @@ class StepRun:
         )
         self._scheduled = self.passage.batch
         self.decoding = int(np.count_nonzero(decodes))
+        # Entries of tokens that skip layers, added when the step is over: what runs all layers to
+        # be compared has to be overwritten.
+        self._skipped: list[tuple[int, np.ndarray, tuple[Tensor, ...], Tensor]] = []
         loop.counters.add("decoded", self.decoding)
         loop.counters.add("full_layer_tokens", self.passage.tokens * loop.num_layers)
 
@@ -93,27 +98,17 @@ class StepRun:
         loop.counters.add("layer_tokens", self.passage.tokens * loop.num_layers)
         if not self.decoding:
             return loop.plain(self._input_ids, self._positions, inputs_embeds)
-        output, *tails = loop.whole(self._input_ids, self._positions, inputs_embeds)
-        tokens = self._all_tokens()
+        if loop.fills is not None:
+            loop.fills.write(self.rows.slots)
+        output, *tensors = loop.whole(self._input_ids, self._positions, inputs_embeds)
         full = output.clone() if self._watched is not None else output
-        confidences = self._in_graph(tails)
-        for exit in range(len(loop.exits)):
-            states, tails = tails[:2], tails[2 + (loop.exits[exit].gate is not None) :]
-            self._fire(exit, states, confidences[exit], output)
-            self._approximate(exit, self.passage.batch, self._watched_at(exit), tokens, states)
+        tails = [take_tail(exit, tensors) for exit in loop.exits]
+        for exit, (tail, confidence) in enumerate(zip(tails, _read_gates(tails), strict=True)):
+            self._fire(exit, tail, confidence, output)
+            self._skip(exit, self.passage.batch, self._watched_at(exit), self._all_tokens(), tail)
         self._compare(full, output)
-        if loop.fill is not None:
-            loop.fill.write()
+        self._end_fills()
         return output
-
-    def _in_graph(self, tails: list[Tensor]) -> list[np.ndarray | None]:
-        """`[T]` logits of the trained gates, read back at once; None for the others."""
-        trained = [exit.gate is not None for exit in self._loop.exits]
-        if not any(trained):
-            return [None] * len(trained)
-        logits = [tail for tail in tails if tail.dim() == 1]
-        read = iter(torch.stack(logits).cpu().numpy())
-        return [next(read) if has_gate else None for has_gate in trained]
 
     def _all_tokens(self) -> _Tokens:
         return _Tokens(self._step.common.slot_mapping, self._positions)
@@ -130,23 +125,26 @@ class StepRun:
         for exit, segment in enumerate(loop.segments[:-1]):
             before = passage.batch
             with tokens.context():
-                hidden, residual, *gate = segment(tokens.positions, hidden, residual)
+                tail = take_tail(
+                    loop.exits[exit], list(segment(tokens.positions, hidden, residual))
+                )
+            hidden, residual = tail.hidden, tail.residual
             loop.counters.add(
                 "layer_tokens", before.tokens * (loop.exits[exit].point.depth - depth)
             )
             depth = loop.exits[exit].point.depth
-            confidence = gate[0].cpu().numpy() if gate else None
-            states = [hidden, residual]
-            self._fire(exit, states, confidence, output)
+            self._fire(exit, tail, _read_gates([tail])[0], output)
             departure = passage.depart(exit)
             leaving = int(np.count_nonzero(departure.leaves))
             loop.counters.add("left", leaving)
             if leaving and loop.waiting.shape[1]:
                 self._keep(before, departure, hidden, residual)
             skipping = departure.leaves | self._watched_at(exit)[before.rows]
-            self._approximate(exit, before, skipping, tokens, states)
+            self._skip(exit, before, skipping, tokens, tail)
             if departure.batch is None:
                 break
+            if loop.fills is not None:
+                loop.fills.write(self.rows.slots[departure.batch.rows])
             if departure.batch is not before:
                 tokens, hidden, residual = self._cut(before, departure, tokens, hidden, residual)
         else:
@@ -158,8 +156,7 @@ class StepRun:
             output = self._collect(hidden, output)
         if loop.config.cache == "recompute":
             loop.counters.set("pending", loop.ledger.backlog)
-        if loop.fill is not None:
-            loop.fill.write()
+        self._end_fills()
         return output
 
     def _keep(self, batch: Batch, departure: Departure, hidden: Tensor, residual: Tensor) -> None:
@@ -176,23 +173,31 @@ class StepRun:
         self._loop.waiting[0].index_copy_(0, targets, hidden[sources])
         self._loop.waiting[1].index_copy_(0, targets, residual[sources])
 
-    def _approximate(
-        self, exit: int, batch: Batch, skipping: np.ndarray, tokens: _Tokens, states: list[Tensor]
+    def _skip(
+        self, exit: int, batch: Batch, skipping: np.ndarray, tokens: _Tokens, tail: Tail
     ) -> None:
-        """Approximate cache entries for rows that skip what is behind an exit.
+        """Note approximate cache entries for rows that skip what is behind an exit.
 
         Where a row whose gate fired runs on, because leaving would not pay, its entries are exact.
 
         Args:
             skipping: rows of the batch.
-            states: hidden states and residual, `[T, d]`.
         """
         fill = self._loop.fill
-        if fill is None or not skipping.any():
+        if self._loop.fills is None or fill is None or not skipping.any():
             return
         index = self._on_device(batch.ends[skipping] - 1)
-        hidden = states[0][index] + states[1][index]
-        fill.add(exit, hidden, index, tokens.positions[index], tokens.slot_mapping[index])
+        sources = fill.sources(exit, tail.at(index), index)
+        self._skipped.append((exit, batch.rows[skipping], sources, tokens.slot_mapping[index]))
+
+    def _end_fills(self) -> None:
+        fills = self._loop.fills
+        if fills is None:
+            return
+        for exit, rows, sources, cache_slots in self._skipped:
+            lasts = self._scheduled.lasts[rows]
+            fills.add(self.rows.slots[rows], exit, sources, lasts, cache_slots)
+        fills.end_step(self.rows.slots)
 
     def _places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         room = self._loop.config.max_pending
@@ -244,12 +249,18 @@ class StepRun:
     def _collect(self, hidden: Tensor, output: Tensor) -> Tensor:
         """Put what ran to the end where the runner looks for it; fired rows have their output."""
         batch = self.passage.batch
-        stays = self.passage.fired[batch.rows] == STAYS
-        rows = batch.rows[stays]
+        fired = self.passage.fired[batch.rows] != STAYS
+        if batch is self._scheduled and not fired.any():
+            return hidden
+        rows, ends = batch.rows, batch.ends
+        if fired.any():
+            rows, ends = rows[~fired], ends[~fired]
         lengths = self.rows.lengths[rows]
-        back = np.repeat(lengths, lengths) - 1 - _ranges(lengths)
-        sources = np.repeat(batch.ends[stays], lengths) - 1 - back
-        targets = np.repeat(self._scheduled.ends[rows], lengths) - 1 - back
+        sources, targets = ends - 1, self._scheduled.ends[rows] - 1
+        if len(rows) != lengths.sum():
+            back = np.repeat(lengths, lengths) - 1 - _ranges(lengths)
+            sources = np.repeat(sources, lengths) - back
+            targets = np.repeat(targets, lengths) - back
         return output.index_copy_(0, self._on_device(targets), hidden[self._on_device(sources)])
 
     # --- Shadow mode -----------------------------------------------------------------------------
@@ -290,29 +301,24 @@ class StepRun:
 
     # --- Gates -----------------------------------------------------------------------------------
 
-    def _fire(
-        self,
-        exit: int,
-        states: list[Tensor],
-        confidence: np.ndarray | None,
-        output: Tensor,
-    ) -> None:
+    def _fire(self, exit: int, tail: Tail, confidence: np.ndarray | None, output: Tensor) -> None:
         """Ask an exit's gate about the rows that may leave; write what those give that do.
 
         Args:
-            states: hidden states and residual, `[T, d]`.
             confidence: `[T]`, where a trained gate gave it.
             output: where the runner looks for final hidden states.
         """
         loop, batch, fired = self._loop, self.passage.batch, self.passage.fired
-        may_leave = self._decodes & (fired == STAYS) & (self._thresholds[:, exit] < np.inf)
+        may_leave = self._decodes & (self._thresholds[:, exit] < np.inf)
+        if exit:
+            may_leave &= fired == STAYS
         asked = np.flatnonzero(may_leave[batch.rows])
         if not len(asked):
             return
         rows, lasts = batch.rows[asked], batch.ends[asked] - 1
         scores = confidence[lasts] if confidence is not None else None
         if scores is None:
-            scores = self._score(exit, rows, lasts, states)
+            scores = self._score(exit, rows, lasts, tail)
         fires = loop.agreed(scores >= self._thresholds[rows, exit])
         if not fires.any():
             return
@@ -320,18 +326,14 @@ class StepRun:
         fired[rows] = exit
         loop.counters.add_exits(exit, len(rows))
         index = self._on_device(lasts[fires])
-        exits_from = states[0][index] + states[1][index]
         targets = self._on_device(self._scheduled.ends[rows] - 1)
-        output.index_copy_(0, targets, loop.finish(exit, exits_from))
+        output.index_copy_(0, targets, loop.finished(exit, tail, index))
 
-    def _score(
-        self, exit: int, rows: np.ndarray, lasts: np.ndarray, states: list[Tensor]
-    ) -> np.ndarray:
+    def _score(self, exit: int, rows: np.ndarray, lasts: np.ndarray, tail: Tail) -> np.ndarray:
         """What a gate without trained parts says about rows whose last tokens are `lasts`."""
         loop = self._loop
         if loop.exits[exit].point.gate == "softmax":
-            index = self._on_device(lasts)
-            own = loop.compute_logits(loop.finish(exit, states[0][index] + states[1][index]))
+            own = loop.compute_logits(loop.finished(exit, tail, self._on_device(lasts)))
             if own is None:  # only the first rank has the logits, and only its decision counts
                 return np.zeros(len(lasts))
             return own.float().softmax(-1).amax(-1).cpu().numpy()
@@ -342,6 +344,15 @@ class StepRun:
 
     def _on_device(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(indices).to(self._positions.device, non_blocking=True)
+
+
+def _read_gates(tails: Sequence[Tail]) -> list[np.ndarray | None]:
+    """`[T]` logits of the exits' trained gates, read back at once; None for the others."""
+    logits = [tail.gate for tail in tails if tail.gate is not None]
+    if not logits:
+        return [None] * len(tails)
+    read = iter(torch.stack(logits).cpu().numpy())
+    return [None if tail.gate is None else next(read) for tail in tails]
 
 
 def pseudo_random(exit: int, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
