@@ -14,11 +14,15 @@ def column(weights: float, token: float) -> Column:
     return Column(SIZES, [weights + token * size for size in SIZES])
 
 
+PENDING = 4
+
+
 def costs(weights: float, token: float, overhead: float = 0.0, fill: float | None = None) -> Costs:
-    """Three equal segments."""
+    """Three equal segments; entries cost `fill` per token."""
     part = column(weights, token)
     whole = column(3 * weights, 3 * token)
-    return Costs(whole, [part] * 3, overhead, None if fill is None else [fill, fill])
+    fills = None if fill is None else [column(0, fill)] * 2
+    return Costs(whole, [part] * 3, overhead, fills, PENDING)
 
 
 def test_times_are_linear_between_and_beyond_the_sizes() -> None:
@@ -61,5 +65,13 @@ def test_rows_that_fired_earlier_leave_when_it_pays() -> None:
 
 def test_segments_that_cost_more_than_the_whole_are_a_loss() -> None:
     part = column(1.1, 0)
-    table = Costs(column(3, 0), [part] * 3, 0, [0, 0])
+    table = Costs(column(3, 0), [part] * 3, 0, [column(0, 0)] * 2, PENDING)
     assert table.saved(4, [0, 0]) == pytest.approx(-0.1)
+
+
+def test_entries_that_wait_together_are_cheaper() -> None:
+    part = column(1, 0.1)
+    table = Costs(column(3, 0.3), [part] * 3, 0, [Column(SIZES, [1.0, 1.1, 1.3, 1.7])] * 2, PENDING)
+    # Where some stay they are written step by step, where none does four steps at a time.
+    assert table.owed(0, staying=1, leaving=2) == pytest.approx(1.1)
+    assert table.owed(0, staying=0, leaving=2) == pytest.approx(1.7 / PENDING)

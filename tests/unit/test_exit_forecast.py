@@ -11,8 +11,14 @@ from vllm_effplugin.techniques.early_exit.forecast import Machine, forecast
 SIZES = [1, 8, 64]
 
 
-def machine(weights: float, token: float, overhead: float = 0.0, fill: bool = False) -> Machine:
-    """Three segments of ten layers that read their weights and compute on tokens."""
+def machine(
+    weights: float, token: float, overhead: float = 0.0, fill: bool = False, entries: float = 0.0
+) -> Machine:
+    """Three segments of ten layers that read their weights and compute on tokens.
+
+    Args:
+        entries: seconds of any number of tokens' cache entries, under `fill`.
+    """
     part = [weights + token * size for size in SIZES]
     return Machine(
         sizes=SIZES,
@@ -20,7 +26,7 @@ def machine(weights: float, token: float, overhead: float = 0.0, fill: bool = Fa
         head=[0.5] * len(SIZES),
         segments=[part, part, part],
         overhead=overhead,
-        fill=[0.0, 0.0] if fill else None,
+        fill=[[entries] * len(SIZES)] * 2 if fill else None,
         steps={batch: 3 * (weights + token * batch) + 1 for batch in (1, 8)},
         block_size=32,
         num_layers=30,
@@ -90,3 +96,11 @@ def test_what_does_not_pay_is_not_done() -> None:
     )
     assert result.speed == pytest.approx(1)
     assert result.layer_tokens == pytest.approx(1)
+
+
+@pytest.mark.parametrize("pending", [1, 4])
+def test_entries_are_paid_for_as_often_as_they_are_written(pending: int) -> None:
+    fires = np.zeros((4, 64), dtype=int)
+    measured = machine(1, 0.1, fill=True, entries=0.8)
+    result = forecast(measured, config("propagate", 10, pending=pending), [0], fires, 1)
+    assert result.speed == pytest.approx((3 * 1.1 + 1) / (1.1 + 0.8 / pending + 1), rel=0.02)

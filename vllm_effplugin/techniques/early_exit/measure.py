@@ -52,7 +52,7 @@ class Rehearsal:
         self.parts = self._part_seconds(input_ids, positions, output)
         if loop.fill is not None:
             self.fills = [
-                self._fill_seconds(exit, step, output, positions) for exit in range(len(loop.exits))
+                self._fill_seconds(exit, output, positions) for exit in range(len(loop.exits))
             ]
         if 1 < step.common.num_reqs == len(positions):
             self.overhead = self._cutting_seconds(step, input_ids, positions, output)
@@ -73,14 +73,16 @@ class Rehearsal:
         (head_seconds, whole), (_, *segments) = _best_times([as_one, in_segments], positions.device)
         return [head_seconds, whole, *segments]
 
-    def _fill_seconds(self, exit: int, step: Step, hidden: Tensor, positions: Tensor) -> float:
+    def _fill_seconds(self, exit: int, hidden: Tensor, positions: Tensor) -> float:
         fill = self._loop.fill
         assert fill is not None
         indices = torch.arange(len(positions), device=positions.device)
-        nowhere = torch.full_like(step.common.slot_mapping[: len(positions)], -1)
+        # No request runs yet, so that any slot may be written; a block each, as requests have.
+        cache = self._loop.vllm_config.cache_config
+        slots = indices % (cache.num_gpu_blocks or 1) * cache.block_size
 
         def run() -> None:
-            fill.write(exit, fill.sources(exit, hidden, indices), positions, nowhere)
+            fill.write(exit, fill.sources(exit, hidden, indices), positions, slots)
 
         return _best_times([[run]], positions.device)[0][0]
 
