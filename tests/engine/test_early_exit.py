@@ -485,6 +485,25 @@ def test_what_prepare_and_eval_measure(tiny, tmp_path):
     assert all(row.tokens_s > 0 for row in rows)
 
 
+def test_measured_steps_stay_inside_the_model_length(tiny):
+    """Attention that is told of longer requests reads the block table beyond its end."""
+    options = {"max_model_len": 40, "max_num_seqs": 4, "num_gpu_blocks_override": 8}
+    seen = []
+
+    def observe(step, input_ids, positions):
+        seen.append((len(positions), int(step.common.seq_lens.max())))
+        return torch.zeros(len(positions), trace.loop.trunk.config.hidden_size)
+
+    with exiting(tiny(), block={"exits": SOME, "compaction": "auto"}, **options) as (llm, trace):
+        assert trace.loop.costs.whole.sizes == (1, 2, 4, 8, 16, 32, 64)
+        trace.loop.rehearsal = observe
+        [ran] = llm.collective_rpc("_run_dummy", args=(32,))
+        [too_long] = llm.collective_rpc("_run_dummy", args=(256,))
+        trace.loop.rehearsal = None
+    assert (ran, too_long) == (True, False)
+    assert seen == [(32, 40)]
+
+
 @st.composite
 def schedules(draw: st.DrawFn) -> list[tuple[int, int, int, dict[str, Any], int]]:
     """Requests: prompt length and seed, tokens, extra arguments, step at which it arrives or 0.

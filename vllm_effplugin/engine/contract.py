@@ -294,6 +294,13 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "measuring costs"),
     Interface(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._dummy_run",
+        "measuring costs",
+        ("num_tokens", "cudagraph_runtime_mode", "force_attention", "profile_seq_lens"),
+    ),
+    Interface("vllm.config.compilation", "CUDAGraphMode.NONE", "measuring costs"),
+    Interface(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
         "the end of requests",

@@ -22,6 +22,9 @@ from vllm_effplugin.engine.batch import Rows
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
+DUMMY_CONTEXT = 128
+"""Positions of a request, where there is room for them, while costs are measured."""
+
 
 class V1Rows:
     """Row source over runner V1's persistent batch.
@@ -119,11 +122,26 @@ class EffpluginCPUWorker(CPUWorker):
         self.model_runner.get_model().measure_costs(self._run_dummy)
         return times
 
-    def _run_dummy(self, requests: int) -> None:
-        """Run the model on so many decoding requests that are none, attention included."""
+    def _run_dummy(self, tokens: int) -> bool:
+        """Run the model, attention included, on so many tokens of requests that are none.
+
+        Returns:
+            whether as many requests as there may be can have so many tokens; nothing ran if not.
+        """
+        requests = min(tokens, self.scheduler_config.max_num_seqs)
+        longest = tokens // requests + tokens % requests
+        if longest > self.model_config.max_model_len:
+            return False
+        # Without a length of its own, each request would be taken to have all the tokens behind it,
+        # and attention would read the block table beyond its end.
+        context = min(max(longest, DUMMY_CONTEXT), self.model_config.max_model_len)
         self.model_runner._dummy_run(
-            requests, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=True
+            tokens,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            force_attention=True,
+            profile_seq_lens=context,
         )
+        return True
 
     # --- For `LLM.collective_rpc` ----------------------------------------------------------------
 

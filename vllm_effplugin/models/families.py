@@ -220,11 +220,12 @@ class _EfficientForCausalLM(nn.Module):
         if self.model.exit_loop is not None:
             self.model.exit_loop.release(slot)
 
-    def measure_costs(self, run_dummy: Callable[[int], Any]) -> None:
+    def measure_costs(self, run_dummy: Callable[[int], bool]) -> None:
         """The engine is ready: measure what depends on the machine.
 
         Args:
-            run_dummy: runs the model on so many decoding requests that are none.
+            run_dummy: runs the model on so many tokens of requests that are none; false where
+                there is no room for them.
         """
         if self.model.exit_loop is not None:
             self.model.exit_loop.measure_costs(run_dummy)

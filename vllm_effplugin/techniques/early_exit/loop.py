@@ -317,39 +317,40 @@ class ExitLoop:
     # --- Costs -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def measure_costs(self, run_dummy: Callable[[int], Any]) -> None:
+    def measure_costs(self, run_dummy: Callable[[int], bool]) -> None:
         """Measure, at the end of start-up, what exits cost and save.
 
         Args:
-            run_dummy: runs the model on so many tokens, of as many requests as there may be.
+            run_dummy: runs the model on so many tokens, of as many requests as there may be; false
+                where there is no room for them.
         """
-        limit = self.vllm_config.scheduler_config.max_num_batched_tokens
-        sizes = [size for size in SIZES if size <= limit]
-        if self.config.compaction == "always" or len(sizes) < 2:
+        if self.config.compaction == "always":
             return
-        found = [self._rehearse(run_dummy, size) for size in sizes]
-        single = min(self.vllm_config.scheduler_config.max_num_seqs, CUTTING_ROWS)
-        overhead = found[max(i for i, size in enumerate(sizes) if size <= single)].overhead
-        parts = np.array([item.parts for item in found]).T
-        fills = np.array([item.fills for item in found]).T
+        scheduler = self.vllm_config.scheduler_config
+        found: dict[int, Rehearsal] = {}
+        for size in SIZES:
+            self.rehearsal = rehearsal = Rehearsal(self)
+            if size <= scheduler.max_num_batched_tokens and run_dummy(size):
+                found[size] = rehearsal
+            self.rehearsal = None
+        if len(found) < 2:
+            return
+        single = min(scheduler.max_num_seqs, CUTTING_ROWS)
+        overhead = found[max(size for size in found if size <= single)].overhead
+        parts = np.array([item.parts for item in found.values()]).T
+        fills = np.array([item.fills for item in found.values()]).T
         # Every rank decides by the same figures.
         agreed = self.agreed(np.concatenate([parts.ravel(), fills.ravel(), [overhead]]))
         overhead = float(agreed[-1])
         parts = agreed[: parts.size].reshape(parts.shape)
         fills = agreed[parts.size : -1].reshape(fills.shape)
         self._head_seconds, *columns = parts.tolist()
-        whole, *segments = (Column(sizes, column) for column in columns)
+        whole, *segments = (Column(list(found), column) for column in columns)
         fill = None
         if self.fill is not None:
-            fill = [Column(sizes, column) for column in fills.tolist()]
+            fill = [Column(list(found), column) for column in fills.tolist()]
         self.costs = Costs(whole, segments, overhead, fill, self.config.max_pending)
         self._preference = Preference(self.costs)
-
-    def _rehearse(self, run_dummy: Callable[[int], Any], count: int) -> Rehearsal:
-        self.rehearsal = rehearsal = Rehearsal(self)
-        run_dummy(count)
-        self.rehearsal = None
-        return rehearsal
 
     def describe_costs(self) -> dict[str, Any]:
         """What was measured, as JSON: a `forecast.Machine` but for its `steps`."""
