@@ -35,6 +35,7 @@ from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.forecast import Machine, forecast, measure_machine
 from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
 from vllm_effplugin.techniques.early_exit.step import pseudo_random
+from vllm_effplugin.techniques.early_exit.training import new_block
 
 TOLERANCE = 1e-3
 POLICIES = ["recompute", "propagate", "copy"]
@@ -91,7 +92,31 @@ class Replay:
         assert config is not None
         self.config = config
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.exits = [Exit(p, config, self.model.config.hidden_size) for p in config.exits]
+        torch.manual_seed(0)
+        self.exits = [
+            Exit(
+                point,
+                config,
+                self.model.config.hidden_size,
+                new_block(self.model) if point.adapter == "block" else None,
+            )
+            for point in config.exits
+        ]
+
+    @torch.no_grad()
+    def write(self, base: Path, folder: Path) -> Path:
+        """A checkpoint whose exits have the parameters that they have here, which are random."""
+        for exit in self.exits:
+            for parameter in exit.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        tensors = {
+            f"model.exits.{index}.{name}": value.contiguous()
+            for index, exit in enumerate(self.exits)
+            for name, value in exit.state_dict().items()
+        }
+        efficiency = EfficiencyConfig(early_exit=self.config)
+        write_checkpoint(base, folder, efficiency, tensors=tensors, provenance={})
+        return folder
 
     def decisions(self, prompt: list[int], tokens: list[int]) -> list[tuple[int, int, int]]:
         """What the gates decide, worked out here: the prompt in one piece, then each token."""
@@ -193,26 +218,22 @@ def test_mixed_batches(tiny, family, exits, policy):
 
 @pytest.mark.parametrize(
     ("gate", "adapter", "compaction"),
-    [("linear", "linear", "always"), ("mlp", "none", "auto")],
+    [
+        ("linear", "linear", "always"),
+        ("mlp", "none", "auto"),
+        ("linear", "block", "always"),
+        ("mlp", "block", "auto"),
+        ("softmax", "block", "always"),
+    ],
 )
 def test_trained_exits(tiny, tmp_path, gate, adapter, compaction):
     """Gates and adapters from a checkpoint; with `auto` the stack runs as one graph at first."""
-    point = {"gate": gate, "adapter": adapter, "threshold": 0.6}
+    point = {"gate": gate, "adapter": adapter, "threshold": 0.02 if gate == "softmax" else 0.6}
     block = {"exits": [{"depth": 3, **point}, {"depth": 8, **point}], "compaction": compaction}
     replay = Replay(tiny(), block)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in torch.nn.ModuleList(replay.exits).parameters():
-            parameter.normal_(std=0.1)
-    tensors = {
-        f"model.exits.{index}.{name}": value.contiguous()
-        for index, exit in enumerate(replay.exits)
-        for name, value in exit.state_dict().items()
-    }
-    efficiency = EfficiencyConfig(early_exit=replay.config)
-    write_checkpoint(tiny(), tmp_path / "exits", efficiency, tensors=tensors, provenance={})
+    checkpoint = replay.write(tiny(), tmp_path / "exits")
     options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}
-    with exiting(tmp_path / "exits", block=block, **options) as (llm, _):
+    with exiting(checkpoint, block=block, **options) as (llm, _):
         results = generate(llm, prompts())
     fired = set()
     for prompt, (tokens, logits) in zip(prompts(), results, strict=True):
@@ -220,6 +241,33 @@ def test_trained_exits(tiny, tmp_path, gate, adapter, compaction):
         fired.update(exit for _, _, exit in decided)
         assert replay.difference(prompt, tokens, logits, decided) <= TOLERANCE
     assert fired == {-1, 0, 1}
+
+
+WITH_BLOCKS = [{**point, "adapter": "block"} for point in SOME]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_blocks_in_mixed_batches(tiny, tmp_path, family, policy):
+    """An exit's own layer has the entries of all tokens before, whatever ran without it."""
+    block = {"exits": WITH_BLOCKS, "cache": policy}
+    replay = Replay(tiny(family), block)
+    checkpoint = replay.write(tiny(family), tmp_path / "exits")
+    off = [{"exit": False}] * len(prompts())
+    with exiting(checkpoint, family, block=block) as (llm, trace):
+        ask(llm, prompts(), *off, max_tokens=1)  # fills the prefix cache with blocks that lack them
+        trace.take()
+        for again in (False, True):
+            hits = counters(llm)["vllm:prefix_cache_hits"]
+            results = generate(llm, prompts())
+            events = trace.take()
+            assert (counters(llm)["vllm:prefix_cache_hits"] > hits) >= again
+            if again and policy != "recompute":
+                break
+            for prompt, (tokens, logits), happened in zip(prompts(), results, events, strict=True):
+                assert replay.difference(prompt, tokens, logits, happened) <= TOLERANCE
+        assert trace.loop.counters["left"] > 0
+        assert counters(llm)["vllm:num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -246,16 +294,22 @@ def ask(llm: Any, requests: list[list[int]], *asked: dict[str, Any], **fields: A
 
 @pytest.mark.parametrize(
     ("exits", "policy"),
-    [(SOME, "recompute"), (SOFTMAX, "recompute"), (SOME, "propagate")],
-    ids=["rate-recompute", "softmax-recompute", "rate-propagate"],
+    [
+        (SOME, "recompute"),
+        (SOFTMAX, "recompute"),
+        (SOME, "propagate"),
+        (WITH_BLOCKS, "propagate"),
+    ],
+    ids=["rate-recompute", "softmax-recompute", "rate-propagate", "blocks-propagate"],
 )
-def test_two_ranks(tiny, exits, policy):
+def test_two_ranks(tiny, tmp_path, exits, policy):
     """Both ranks take the first one's decisions; what they are is worked out apart."""
     block = {"exits": exits, "cache": policy, "compaction": "always", "max_pending": 5}
     replay = Replay(tiny(), block)
+    checkpoint = replay.write(tiny(), tmp_path / "exits")
     options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}
     changed = overrides("Llama", {"early_exit": block})
-    with engine(tiny(), tp=2, hf_overrides=changed, **{**MIXED_BATCHES, **options}) as llm:
+    with engine(checkpoint, tp=2, hf_overrides=changed, **{**MIXED_BATCHES, **options}) as llm:
         results = generate(llm, prompts())
     fired = set()
     for prompt, (tokens, logits) in zip(prompts(), results, strict=True):
@@ -363,6 +417,32 @@ def test_verified_exits_are_the_full_model(tiny, gate):
         stock = ask(llm, prompts(), *[{}] * len(prompts()), max_tokens=80)
     for one, other in zip(stock, verified, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_verified_exits_with_blocks(tiny, tmp_path):
+    """Drafts come from the exit's own layer, whose entries the full model's steps write."""
+    block = {"exits": [{"depth": 11, "gate": "rate", "threshold": 0.0, "adapter": "block"}]}
+    replay = Replay(tiny(), block)
+    checkpoint = replay.write(tiny(), tmp_path / "exits")
+    requests = [prompt[:30] for prompt in prompts()]
+    verify, off = [{"exit": "verify"}] * len(requests), [{"exit": False}] * len(requests)
+    options = {"speculative_config": {**VERIFY, "num_speculative_tokens": 1}, "max_num_seqs": 16}
+    with exiting(checkpoint, block=block, num_gpu_blocks_override=200, **options) as (llm, _):
+        expected = ask(llm, requests, *off)
+        verified = ask(llm, requests, *verify)
+        seen = counters(llm)
+    right = 0
+    for prompt, one, other in zip(requests, expected, verified, strict=True):
+        tokens = list(one.outputs[0].token_ids)
+        assert list(other.outputs[0].token_ids) == tokens
+        sequence = ReferenceSequence(replay.model, replay.config, replay.exits)
+        whole = [*prompt, *tokens]
+        sequence.run(prompt, 0)
+        for position in range(len(prompt), len(whole) - 1):
+            guess = int(sequence.leave(whole[position], position, 0).argmax())
+            right += guess == whole[position + 1]
+    # Not every position is drafted, but what is comes from the exit as it is worked out here.
+    assert 0 < seen["vllm:spec_decode_num_accepted_tokens"] <= right
 
 
 def test_verified_and_other_requests_share_a_batch(tiny):

@@ -22,6 +22,7 @@ def machine(
     part = [weights + token * size for size in SIZES]
     return Machine(
         sizes=SIZES,
+        plain=[3 * second for second in part],
         whole=[3 * second for second in part],
         head=[0.5] * len(SIZES),
         segments=[part, part, part],
@@ -30,7 +31,32 @@ def machine(
         steps={batch: 3 * (weights + token * batch) + 1 for batch in (1, 8)},
         block_size=32,
         num_layers=30,
+        depths=[10, 20],
+        blocks=[False, False],
     )
+
+
+def test_blocks_cost_what_a_layer_costs() -> None:
+    """Of two exits with a layer each, one is left out: 31 layers in all, 11 up to the other."""
+    layer = np.array([1.0 + 0.1 * size for size in SIZES])
+    with_blocks = machine(10, 1).model_copy(
+        update={
+            "plain": (30 * layer).tolist(),
+            "whole": (32 * layer).tolist(),
+            "segments": [(11 * layer).tolist(), (11 * layer).tolist(), (10 * layer).tolist()],
+            "steps": {1: 30 * 1.1},
+            "blocks": [True, True],
+        }
+    )
+    costs = with_blocks.costs([0], 16)
+    assert costs.whole.at(8) == pytest.approx(31 * 1.8)
+    assert [part.at(8) for part in costs.segments] == pytest.approx([11 * 1.8, 20 * 1.8])
+
+    exits = [{"depth": 10, "gate": "linear", "threshold": 0.5, "adapter": "block"}]
+    block = EarlyExitConfig.model_validate({"exits": exits})
+    result = forecast(with_blocks, block, [0], np.full((4, 64), -1), 1)
+    assert result.speed == pytest.approx(30 / 31)
+    assert result.layer_tokens == pytest.approx(31 / 30)
 
 
 def config(cache: str, *depths: int, pending: int = 1000) -> EarlyExitConfig:

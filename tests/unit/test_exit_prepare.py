@@ -27,6 +27,7 @@ def machine(segment_seconds: float, whole_seconds: float) -> dict[str, Any]:
     """Costs that do not depend on the number of tokens."""
     return {
         "sizes": SIZES,
+        "plain": [whole_seconds] * len(SIZES),
         "whole": [whole_seconds] * len(SIZES),
         "head": [0.0] * len(SIZES),
         "segments": [[segment_seconds] * len(SIZES)] * (EXITS + 1),
@@ -35,6 +36,8 @@ def machine(segment_seconds: float, whole_seconds: float) -> dict[str, Any]:
         "steps": dict.fromkeys((1, 8, 32), 1.2 * whole_seconds),
         "block_size": 32,
         "num_layers": LAYERS,
+        "depths": [4, 8, 11],
+        "blocks": [False] * EXITS,
     }
 
 
@@ -61,14 +64,22 @@ def run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return command
 
 
-@pytest.mark.parametrize("gate", ["linear", "mlp", "softmax"])
-def test_a_checkpoint_with_exits_and_its_figures(run: Run, tmp_path: Path, gate: str) -> None:
+@pytest.mark.parametrize(
+    ("gate", "adapter"),
+    [("linear", "linear"), ("mlp", "none"), ("softmax", "linear"), ("linear", "block")],
+)
+def test_a_checkpoint_with_exits_and_its_figures(
+    run: Run, tmp_path: Path, gate: str, adapter: str
+) -> None:
     out = tmp_path / "out"
-    assert run(out, "--gate", gate, "--min-agreement", "0.3") == 0
+    options = ["--gate", gate, "--adapter", adapter, "--min-agreement", "0.3"]
+    if adapter == "block":  # a copy of the last layer of a random model needs some training
+        options += ["--adapter-tokens", "8192"]
+    assert run(out, *options) == 0
     block = check_checkpoint(out).early_exit
     assert block is not None
     assert block.exits
-    assert {point.gate for point in block.exits} == {gate}
+    assert {(point.gate, point.adapter) for point in block.exits} == {(gate, adapter)}
     assert all(0 <= point.threshold < 1 for point in block.exits)
     provenance = json.loads((out / "provenance.json").read_text())
     promise = provenance["promise"]

@@ -91,6 +91,18 @@ def test_only_approximate_requests_have_a_policy() -> None:
     assert None not in policies
 
 
+def test_requests_that_need_the_exits_layers_share_among_themselves() -> None:
+    exits = [{**point, "adapter": "block"} for point in EXITS]
+    exact = early_exit(exits=exits)
+    assert cache_policy(exact, {"exit": False}) is None
+    assert cache_policy(exact, {"exit_min_layer": 9}) is None
+    needing = [None, {"exit_threshold": 0.5}, {"exit": "verify"}]
+    assert {cache_policy(exact, extra) for extra in needing} == {"early_exit:blocks"}
+    approximate = early_exit(exits=exits, cache="propagate")
+    assert cache_policy(approximate, {"exit": "verify"}) == "early_exit:blocks"
+    assert "propagate" in str(cache_policy(approximate, None))
+
+
 @pytest.mark.parametrize(
     ("block", "named"),
     [

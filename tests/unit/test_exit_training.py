@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from vllm_effplugin.preparation.base import load_model
+from vllm_effplugin.preparation.decoder import Decoder
 from vllm_effplugin.techniques.early_exit import training
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig, ExitPoint
-from vllm_effplugin.techniques.early_exit.exits import Exit, LinearAdapter
+from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.features import capture
 from vllm_effplugin.techniques.early_exit.training import (
     Trainer,
     TrainSettings,
     Verdicts,
     confidence,
+    new_block,
     ridge,
 )
 
@@ -22,11 +26,12 @@ TOKENS = torch.randint(3, 256, (6, 24), generator=torch.Generator().manual_seed(
 DEPTHS = (4, 9)
 
 
-def make_exits(gate: str = "linear", adapter: str = "none", size: int = 128) -> list[Exit]:
+def make_exits(gate: str = "linear", adapter: str = "none", model: Any = None) -> list[Exit]:
     torch.manual_seed(0)
     points = [ExitPoint(depth=depth, gate=gate, adapter=adapter) for depth in DEPTHS]
     config = EarlyExitConfig(exits=tuple(points), gate_width=16)
-    return [Exit(point, config, size) for point in points]
+    blocks = [new_block(model) if adapter == "block" else None for _ in points]
+    return [Exit(point, config, 128, block) for point, block in zip(points, blocks, strict=True)]
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
@@ -51,7 +56,7 @@ def test_verdicts_are_those_of_the_logits(tiny):
     with torch.no_grad():
         exits[1].adapter.correction.weight.normal_(std=0.05)
     for top_k in (1, 5):
-        ours = Trainer(model, TrainSettings(top_k=top_k)).verdicts(exits, hidden, final)
+        ours = Trainer(model, TrainSettings(top_k=top_k)).verdicts(exits, features)
         oracle = model.lm_head(model.model.norm(final.float()))
         for exit, states, verdict in zip(exits, hidden, ours, strict=True):
             logits = model.lm_head(model.model.norm(exit.adapt(states.float())))
@@ -62,6 +67,21 @@ def test_verdicts_are_those_of_the_logits(tiny):
         assert (ours[0].target.sum() > ours[0].agrees.sum()) == (top_k == 5)
 
 
+def test_a_block_is_a_layer_behind_the_exit(tiny):
+    """Until it is trained: the last layer, run on the exit's states; sequences stay apart."""
+    model = load_model(tiny())
+    features = capture(model, TOKENS, DEPTHS, "fp32")
+    exits = make_exits(adapter="block", model=model)
+    ours = Trainer(model, TrainSettings()).verdicts(exits, features)
+    decoder = Decoder(model)
+    for states, verdict in zip(features.exits, ours, strict=True):
+        for row, hidden in enumerate(states.float().split(1)):
+            hidden = decoder.run_layers([11], hidden, decoder.context(hidden))
+            probability = decoder.logits(hidden)[0].softmax(-1).amax(-1)
+            part = verdict.probability.view(TOKENS.shape)[row]
+            torch.testing.assert_close(part, probability, rtol=1e-4, atol=1e-5)
+
+
 def test_ridge_finds_a_linear_map():
     torch.manual_seed(0)
     hidden, truth = torch.randn(4000, 16), 0.3 * torch.randn(16, 16)
@@ -69,15 +89,18 @@ def test_ridge_finds_a_linear_map():
     torch.testing.assert_close(found, truth, atol=5e-3, rtol=0)
 
 
-def test_distillation_improves_on_least_squares(tiny):
+@pytest.mark.parametrize("kind", ["linear", "block"])
+def test_distillation_improves_on_the_start(tiny, kind):
+    """Which is least squares for a linear map, and the last layer for a block."""
     model = load_model(tiny())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     features = capture(model, TOKENS, DEPTHS, "fp32")
-    hidden, final = features.exits[1].flatten(0, 1), features.final.flatten(0, 1)
     settings = TrainSettings(adapter_tokens=144 * 60, batch=72, adapter_rate=3e-3)
-    adapter = LinearAdapter(128)
-    losses = Trainer(model, settings).fit_adapter(adapter, hidden, final)
+    exit = make_exits(adapter=kind, model=model)[1]
+    losses = Trainer(model, settings).fit_adapter(exit, features.exits[1], features.final)
     assert len(losses) == 120
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])

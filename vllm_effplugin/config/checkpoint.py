@@ -135,12 +135,24 @@ def replaced_tensor_names(
 
 
 def added_tensors(
-    efficiency: EfficiencyConfig, model_config: Mapping[str, Any]
+    efficiency: EfficiencyConfig,
+    model_config: Mapping[str, Any],
+    base: Mapping[str, tuple[int, ...]],
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of tensors of the extra file that the base model has none of."""
+    """Names and shapes of tensors of the extra file that the base model has none of.
+
+    Args:
+        base: names and shapes of the base model's tensors.
+    """
     if efficiency.early_exit is None:
         return {}
-    return efficiency.early_exit.tensors(int(model_config["hidden_size"]))
+    first = "model.layers.0."
+    layer = {
+        name.removeprefix(first): shape
+        for name, shape in base.items()
+        if name.startswith(first) and not name.endswith("rotary_emb.inv_freq")  # no parameter
+    }
+    return efficiency.early_exit.tensors(int(model_config["hidden_size"]), layer)
 
 
 def check_checkpoint(checkpoint: Path) -> EfficiencyConfig:
@@ -165,7 +177,7 @@ def check_extra_tensors(checkpoint: Path, efficiency: EfficiencyConfig) -> None:
     config = read_model_config(checkpoint)
     base = base_tensors(checkpoint)
     replaced = replaced_tensor_names(efficiency, int(config["num_hidden_layers"]), base)
-    expected = {name: base[name] for name in replaced} | added_tensors(efficiency, config)
+    expected = {name: base[name] for name in replaced} | added_tensors(efficiency, config, base)
     if not expected and not path.exists():
         return
     stored = stored_tensors(path)

@@ -42,7 +42,7 @@ class EfficiencyConfig(BaseModel):
     def has_tensors(self) -> bool:
         """Whether there has to be a file of extra tensors."""
         trained = self.layer_parallel is not None and self.layer_parallel.trained
-        return trained or (self.early_exit is not None and bool(self.early_exit.tensors(1)))
+        return trained or (self.early_exit is not None and self.early_exit.has_tensors)
 
     def validate_for(self, num_layers: int) -> None:
         """Check what depends on the model: layer indices lie inside it.

@@ -33,8 +33,9 @@ _UNSUPPORTED_ATTRIBUTES = {
 
 EXIT_PARAMS = "vllm_effplugin.engine.params:ExitParamsV1"
 VERIFYING_EXIT_PARAMS = "vllm_effplugin.engine.params:VerifyingExitParamsV1"
+EXIT_PARAMS_V2 = "vllm_effplugin.engine.params_v2:ExitParamsV2"
 EXIT_SCHEDULER = "vllm_effplugin.engine.schedulers.salted_scheduler"
-EXIT_WORKER = "vllm_effplugin.engine.v1_worker.EffpluginCPUWorker"
+EXIT_WORKER = "vllm_effplugin.engine.worker.EffpluginCPUWorker"
 VERIFY = {
     "method": "custom_class",
     "model": "vllm_effplugin.engine.v1_drafter.ExitProposer",
@@ -80,10 +81,13 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             vllm_config.parallel_config.worker_cls = EXIT_WORKER
             early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
             assert early_exit is not None
-            if early_exit.cache != "recompute" and vllm_config.cache_config.enable_prefix_caching:
+            salts = early_exit.cache != "recompute" or early_exit.has_blocks
+            if salts and vllm_config.cache_config.enable_prefix_caching:
                 vllm_config.scheduler_config.scheduler_cls = EXIT_SCHEDULER
             processors = vllm_config.model_config.logits_processors or []
             params = VERIFYING_EXIT_PARAMS if _verifies(vllm_config) else EXIT_PARAMS
+            if vllm_config.use_v2_model_runner:
+                params = EXIT_PARAMS_V2
             if params not in processors:
                 vllm_config.model_config.logits_processors = [*processors, params]
             COLLECTOR.watch(
@@ -227,10 +231,11 @@ def _refuse_with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
             "--scheduler-cls is not supported with early exit, which may need one of its own: "
             f"leave it off, or {way_out}"
         )
-    if vllm_config.use_v2_model_runner:
+    if _verifies(vllm_config) and vllm_config.use_v2_model_runner:
         raise UnsupportedError(
-            "early exit is not supported on vLLM's model runner V2 yet: set "
-            f"VLLM_USE_V2_MODEL_RUNNER=0, or {way_out}"
+            "verified early exits (--speculative-config) are not supported on vLLM's model runner "
+            "V2, which has no interface for them: set VLLM_USE_V2_MODEL_RUNNER=0, or leave "
+            "--speculative-config off"
         )
     if len(set(getattr(model.hf_config, "layer_types", None) or ())) > 1:
         raise UnsupportedError(

@@ -48,8 +48,11 @@ class Rows:
 class RowSource(Protocol):
     """A runner, as far as the model may know it."""
 
-    def slots(self) -> np.ndarray:
-        """Slots of the step's requests; the same array while these stay the same."""
+    def slots(self) -> np.ndarray | None:
+        """Slots of the step's requests; the same array while these stay the same.
+
+        None in a run of no requests.
+        """
         ...
 
     def rows(self) -> Rows:

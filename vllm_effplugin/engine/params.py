@@ -1,7 +1,7 @@
 """Checks of per-request parameters where a request arrives, so that a bad one gets HTTP 400.
 
 vLLM asks the classes named in `logits_processors` to validate a request's parameters before it is
-admitted. These do nothing else. Each runner has an interface of its own.
+admitted. These do nothing else. Each runner has an interface of its own (`params_v2.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.request import parse_exit_request
 
 
-def _validate(params: SamplingParams, *, verify: bool) -> None:
+def validate_exit_params(params: SamplingParams, *, verify: bool) -> None:
+    """Check what a request asks of early exit.
+
+    Args:
+        verify: whether the server can verify drafts.
+
+    Raises:
+        VLLMValidationError: naming the parameter.
+    """
     try:
         request = parse_exit_request(params.extra_args)
         if request.exit == "verify" and not verify:
@@ -40,7 +48,7 @@ class ExitParamsV1(V1LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        _validate(sampling_params, verify=cls.verify)
+        validate_exit_params(sampling_params, verify=cls.verify)
 
     def apply(self, logits: Any) -> Any:
         return logits

@@ -1,4 +1,4 @@
-"""Schedulers that keep approximate cache entries apart."""
+"""Schedulers that keep cache entries apart that are not the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_effplugin.techniques.early_exit.request import cache_policy
 
 
 class _SaltedRequests:
-    """Requests whose cache entries will be approximate share blocks with their like only.
+    """Requests whose cache entries are not the model's alone share blocks with their like only.
 
     The prefix cache finds blocks by a hash over their tokens, which starts from the request's
     `cache_salt`. Such a request gets one that names its policy.

@@ -37,10 +37,10 @@ from vllm_effplugin.config.checkpoint import EXTRA_FOLDER
 from vllm_effplugin.engine.admission import efficiency_of, plan_for
 from vllm_effplugin.engine.batch import RowSource
 from vllm_effplugin.models.trunk import (
+    LayerFactory,
     PlannedTrunk,
     arranged_weights,
     compile_trunk,
-    layer_factory,
 )
 from vllm_effplugin.techniques.layer_parallel.layer import MemberNorm
 
@@ -103,12 +103,12 @@ class EfficientLlamaModel(PlannedTrunk, LlamaModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         plan = plan_for(vllm_config.model_config.hf_config)
-        layers = layer_factory(
+        layers = LayerFactory(
             vllm_config, plan, LlamaDecoderLayer, _llama_attention(LlamaAttention)
         )
         LlamaModel.__init__(self, vllm_config=vllm_config, prefix=prefix, layer_type=layers)
         self.plan = plan
-        self.arrange(vllm_config, prefix)
+        self.arrange(vllm_config, prefix, layers)
 
 
 @compile_trunk
@@ -117,12 +117,12 @@ class EfficientMistralModel(PlannedTrunk, MistralModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         plan = plan_for(vllm_config.model_config.hf_config)
-        layers = layer_factory(
+        layers = LayerFactory(
             vllm_config, plan, MistralDecoderLayer, _llama_attention(MistralAttention)
         )
         MistralModel.__init__(self, vllm_config=vllm_config, prefix=prefix, layer_type=layers)
         self.plan = plan
-        self.arrange(vllm_config, prefix)
+        self.arrange(vllm_config, prefix, layers)
 
 
 @compile_trunk
@@ -133,12 +133,12 @@ class EfficientQwen2Model(PlannedTrunk, Qwen2Model):
         plan = plan_for(vllm_config.model_config.hf_config)
         # Qwen2's attention derives its head size from the number of heads, which a group
         # multiplies; Llama's computes the same with a stated head size.
-        layers = layer_factory(
+        layers = LayerFactory(
             vllm_config, plan, Qwen2DecoderLayer, _llama_attention(LlamaAttention, bias=True)
         )
         Qwen2Model.__init__(self, vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layers)
         self.plan = plan
-        self.arrange(vllm_config, prefix)
+        self.arrange(vllm_config, prefix, layers)
 
 
 @compile_trunk
@@ -147,11 +147,18 @@ class EfficientQwen3Model(PlannedTrunk, Qwen3Model):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         plan = plan_for(vllm_config.model_config.hf_config)
-        layers = layer_factory(vllm_config, plan, Qwen3DecoderLayer, _qwen3_attention)
+        layers = LayerFactory(vllm_config, plan, Qwen3DecoderLayer, _qwen3_attention)
         # Qwen3Model adds nothing to Qwen2Model's constructor but a fixed layer class.
         Qwen2Model.__init__(self, vllm_config=vllm_config, prefix=prefix, decoder_layer_type=layers)
         self.plan = plan
-        self.arrange(vllm_config, prefix)
+        self.arrange(vllm_config, prefix, layers)
+
+
+def _rows_model_state() -> type[Any]:
+    """Runner V2 asks for it; imported then, because it needs what runner V2 needs."""
+    from vllm_effplugin.engine.v2_state import RowsModelState
+
+    return RowsModelState
 
 
 class _EfficientForCausalLM(nn.Module):
@@ -180,6 +187,9 @@ class _EfficientForCausalLM(nn.Module):
         )
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.secondary_weights = self._extra_files(vllm_config)
+        if self.model.exit_loop is not None:
+            # vLLM looks whether a model has this; without exits its own choice stands.
+            self.get_model_state_cls = _rows_model_state
 
     @staticmethod
     def _extra_files(vllm_config: VllmConfig) -> tuple[DefaultModelLoader.Source, ...]:
@@ -203,7 +213,7 @@ class _EfficientForCausalLM(nn.Module):
             self.model.exit_loop.weights_loaded()
         return loaded
 
-    # --- What a runner calls that knows requests (engine/v1_worker.py) ---------------------------
+    # --- What a runner calls that knows requests (engine/v1_rows.py, v2_state.py) ---------------
 
     def attach(self, source: RowSource) -> None:
         """Where the rows of a step come from."""

@@ -30,9 +30,6 @@ from vllm_effplugin.techniques.layer_parallel.layer import (
 )
 from vllm_effplugin.techniques.layer_parallel.weights import GroupCollector
 
-LayerFactory = Callable[..., nn.Module]
-
-
 def compile_trunk(cls: type[Any]) -> type[Any]:
     """Decorator: compile the trunk as one graph when its plan has a single segment."""
     return support_torch_compile(
@@ -50,29 +47,46 @@ def _is_single_segment(vllm_config: VllmConfig) -> bool:
     return not plan_for(vllm_config.model_config.hf_config).boundaries
 
 
-def layer_factory(
-    vllm_config: VllmConfig, plan: Plan, single: LayerFactory, attention: AttentionFactory
-) -> LayerFactory:
-    """What to build at each layer index: a layer, a group at its first index, or nothing.
+class LayerFactory:
+    """What a family's trunk builds at each index: a layer, a group at its first one, or nothing.
 
     Args:
         single: the family's own layer, called as the family's trunk calls it.
         attention: the family's attention, with the heads of several layers.
     """
-    layer_parallel = efficiency_of(vllm_config.model_config.hf_config).layer_parallel
-    unit_of = plan.unit_of
 
-    def build(*args: Any, prefix: str, **kwargs: Any) -> nn.Module:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        plan: Plan,
+        single: Callable[..., nn.Module],
+        attention: AttentionFactory,
+    ) -> None:
+        self._vllm_config, self._single, self._attention = vllm_config, single, attention
+        self._layer_parallel = efficiency_of(vllm_config.model_config.hf_config).layer_parallel
+        self._unit_of = plan.unit_of
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __call__(self, *args: Any, prefix: str, **kwargs: Any) -> nn.Module:
         index = int(prefix.rsplit(".", 1)[-1])
-        unit = unit_of[index]
+        unit = self._unit_of[index]
+        self._arguments = args, kwargs
         if not unit.is_group:
-            return single(*args, prefix=prefix, **kwargs)
+            return self._single(*args, prefix=prefix, **kwargs)
         if index != unit.first:
             return PPMissingLayer()
-        assert layer_parallel is not None
-        return group_class(layer_parallel)(vllm_config, unit, layer_parallel, attention, prefix)
+        config = self._layer_parallel
+        assert config is not None
+        return group_class(config)(self._vllm_config, unit, config, self._attention, prefix)
 
-    return build
+    def another(self, prefix: str) -> nn.Module:
+        """One more layer of the family, once the trunk has built its own.
+
+        Args:
+            prefix: ends with the index of a layer of its kind.
+        """
+        args, kwargs = self._arguments
+        return self._single(*args, prefix=prefix, **kwargs)
 
 
 class PlannedTrunk(nn.Module):
@@ -83,23 +97,30 @@ class PlannedTrunk(nn.Module):
     norm: nn.Module
     embed_input_ids: Callable[[Tensor], Tensor]
 
-    def arrange(self, vllm_config: VllmConfig, prefix: str) -> None:
-        """Split the built layers into segments. The last step of a family's `__init__`."""
+    def arrange(self, vllm_config: VllmConfig, prefix: str, factory: LayerFactory) -> None:
+        """Split the built layers into segments. The last step of a family's `__init__`.
+
+        Args:
+            factory: that built the layers.
+        """
         self.exit_loop: ExitLoop | None = None
         self.segments = None
         if self.plan.has_exits:
-            self._arrange_exits(vllm_config, prefix)
+            self._arrange_exits(vllm_config, prefix, factory)
         else:
             self.segments = build_segments(self.plan, self, vllm_config, prefix)
 
-    def _arrange_exits(self, vllm_config: VllmConfig, prefix: str) -> None:
+    def _arrange_exits(self, vllm_config: VllmConfig, prefix: str, factory: LayerFactory) -> None:
         early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
         assert early_exit is not None
         hidden_size = vllm_config.model_config.get_hidden_size()
-        self.exits = nn.ModuleList(
-            Exit(point, early_exit, hidden_size) for point in early_exit.exits
-        )
-        for layer in self.layers:
+        exits = []
+        for index, point in enumerate(early_exit.exits):
+            own = factory.another(f"{prefix}.exits.{index}") if point.adapter == "block" else None
+            exits.append(Exit(point, early_exit, hidden_size, own))
+        self.exits = nn.ModuleList(exits)
+        blocks = (exit.block for exit in exits)
+        for layer in (*self.layers, *(block for block in blocks if block is not None)):
             remember_batches(layer.self_attn.attn)
         self.exit_loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
 

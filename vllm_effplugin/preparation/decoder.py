@@ -38,7 +38,11 @@ class Decoder:
             hidden states `[B, S, d]`, and the arguments that every layer's attention takes.
         """
         hidden = self.decoder.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        return hidden, self.context(hidden)
+
+    def context(self, hidden: Tensor) -> dict[str, Any]:
+        """The arguments that attention takes on `[B, S, d]` hidden states of whole sequences."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         mask = create_causal_mask(
             config=self.model.config,
             inputs_embeds=hidden,
@@ -46,7 +50,7 @@ class Decoder:
             past_key_values=None,
             position_ids=positions,
         )
-        return hidden, {
+        return {
             "position_embeddings": self.decoder.rotary_emb(hidden, positions),
             "attention_mask": mask,
         }
@@ -54,8 +58,7 @@ class Decoder:
     def run_layers(self, indices: Iterable[int], hidden: Tensor, context: dict[str, Any]) -> Tensor:
         """Run layers one after another on `[B, S, d]` hidden states."""
         for index in indices:
-            hidden = hidden + self.attention_delta(index, hidden, context)
-            hidden = hidden + self.mlp_delta(index, hidden)
+            hidden = run_layer(self.layers[index], hidden, context)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -64,10 +67,26 @@ class Decoder:
 
     def attention_delta(self, index: int, x: Tensor, context: dict[str, Any]) -> Tensor:
         """`A_j(x) = Attn_j(Norm1_j(x))`, shape of `x`."""
-        layer = self.layers[index]
-        return layer.self_attn(hidden_states=layer.input_layernorm(x), **context)[0]
+        return _attention(self.layers[index], x, context)
 
     def mlp_delta(self, index: int, u: Tensor) -> Tensor:
         """`M_j(u) = MLP_j(Norm2_j(u))`, shape of `u`."""
-        layer = self.layers[index]
-        return layer.mlp(layer.post_attention_layernorm(u))
+        return _mlp(self.layers[index], u)
+
+
+def run_layer(layer: Any, hidden: Tensor, context: dict[str, Any]) -> Tensor:
+    """Run a decoder layer, of the model or like one of it, on `[B, S, d]` hidden states.
+
+    Args:
+        context: of `Decoder.context`.
+    """
+    hidden = hidden + _attention(layer, hidden, context)
+    return hidden + _mlp(layer, hidden)
+
+
+def _attention(layer: Any, x: Tensor, context: dict[str, Any]) -> Tensor:
+    return layer.self_attn(hidden_states=layer.input_layernorm(x), **context)[0]
+
+
+def _mlp(layer: Any, u: Tensor) -> Tensor:
+    return layer.mlp(layer.post_attention_layernorm(u))

@@ -6,6 +6,7 @@ Shapes: `n` tokens, `d` hidden size, `l` skipped layers, `h` KV heads, `s` head 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise, zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,12 +134,22 @@ class PendingFills:
 def open_fill(config: EarlyExitConfig, trunk: Any) -> CacheFill | None:
     """What the policy asks for; None for `recompute`, which writes nothing approximate.
 
+    Args:
+        trunk: has the layers and the exits, whose blocks are layers too.
+
     Raises:
         UnsupportedError: when the attention backend cannot write entries without attention.
     """
     if config.cache == "recompute":
         return None
-    layers = list(trunk.layers)
+    layers: list[Any] = []
+    ends: list[int] = []  # layers up to each exit, its own included
+    starts = [0, *(exit.point.depth for exit in trunk.exits), len(trunk.layers)]
+    for (first, last), exit in zip_longest(pairwise(starts), trunk.exits):
+        layers += trunk.layers[first:last]
+        if exit is not None:
+            layers += [] if exit.block is None else [exit.block]
+            ends.append(len(layers))
     for layer in layers:
         if layer.self_attn.attn.attn_backend.forward_includes_kv_cache_update:
             raise UnsupportedError(
@@ -146,8 +157,9 @@ def open_fill(config: EarlyExitConfig, trunk: Any) -> CacheFill | None:
                 f"apart from attention, which {layer.self_attn.attn.attn_backend.get_name()} does "
                 "not: choose another --attention-backend, or `recompute`"
             )
-    depths = [point.depth for point in config.exits]
-    return (Propagate if config.cache == "propagate" else Copy)(layers, depths)
+    if config.cache == "propagate":
+        return Propagate(layers, ends)
+    return Copy(layers, ends, [trunk.layers[exit.point.depth - 1] for exit in trunk.exits])
 
 
 def _write(layer: Any, key: Tensor, value: Tensor, slots: Tensor) -> None:
@@ -158,13 +170,17 @@ def _write(layer: Any, key: Tensor, value: Tensor, slots: Tensor) -> None:
 class Propagate:
     """Keys and values from the exit's hidden state through each skipped layer (CALM).
 
+    Args:
+        layers: all, in the order in which they run.
+        ends: how many of them have run at each exit.
+
     All layers behind the first exit share one matrix product: their norms' weights are folded
     into their projections, stacked deepest last.
     """
 
-    def __init__(self, layers: Sequence[Any], depths: Sequence[int]) -> None:
-        self._layers = layers[depths[0] :]
-        self._first = [depth - depths[0] for depth in depths]
+    def __init__(self, layers: Sequence[Any], ends: Sequence[int]) -> None:
+        self._layers = layers[ends[0] :]
+        self._first = [end - ends[0] for end in ends]
         self.widths: tuple[int, ...] = (layers[0].self_attn.hidden_size,)
 
     @torch.no_grad()
@@ -211,11 +227,17 @@ class Propagate:
 
 
 class Copy:
-    """Keys and values of the last layer that ran (the rule that DYNAMAX publishes)."""
+    """Keys and values of the last layer that ran (the rule that DYNAMAX publishes).
 
-    def __init__(self, layers: Sequence[Any], depths: Sequence[int]) -> None:
-        self._skipped = [layers[depth:] for depth in depths]
-        self._seen = [_Recorder(layers[depth - 1].self_attn.attn) for depth in depths]
+    Args:
+        layers: all, in the order in which they run.
+        ends: how many of them have run at each exit.
+        lasts: the last of the model's own layers before each exit.
+    """
+
+    def __init__(self, layers: Sequence[Any], ends: Sequence[int], lasts: Sequence[Any]) -> None:
+        self._skipped = [layers[end:] for end in ends]
+        self._seen = [_Recorder(layer.self_attn.attn) for layer in lasts]
         attention = layers[0].self_attn
         self._shape = (-1, attention.num_kv_heads, attention.head_dim)
         self.widths: tuple[int, ...] = (attention.kv_size, attention.kv_size)

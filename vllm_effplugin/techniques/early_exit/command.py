@@ -36,6 +36,7 @@ class AdapterKind(StrEnum):
 
     none = "none"
     linear = "linear"
+    block = "block"
 
 
 class CachePolicy(StrEnum):
@@ -66,7 +67,8 @@ def early_exit(
     ] = GateKind.linear,
     gate_width: Annotated[int, typer.Option(help="Hidden units of `mlp` gates.", min=1)] = 64,
     adapter: Annotated[
-        AdapterKind, typer.Option(help="Makes up for the layers not run.")
+        AdapterKind,
+        typer.Option(help="Makes up for the layers not run: a matrix, or one more layer."),
     ] = AdapterKind.linear,
     cache: Annotated[
         CachePolicy, typer.Option(help="`recompute` is exact; the others are approximate.")

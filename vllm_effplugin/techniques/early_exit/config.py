@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,12 +33,26 @@ class ExitPoint(BaseModel):
         description="A token leaves when its confidence reaches this; at 1 none does. Under "
         "`rate`, the share of tokens that stays.",
     )
-    adapter: Literal["none", "linear"] = Field(
-        "none", description="What runs between the exit's hidden state and the final norm."
+    adapter: Literal["none", "linear", "block"] = Field(
+        "none",
+        description="What runs between the exit's hidden state and the final norm. `linear`: a "
+        "matrix, for tokens that leave. `block`: one more layer of the model (Balcony), with a KV "
+        "cache of its own, for every token of requests that may leave somewhere.",
     )
 
-    def tensors(self, hidden_size: int, gate_width: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the exit's trained tensors, without a prefix."""
+    @property
+    def has_tensors(self) -> bool:
+        """Whether anything of the exit is trained."""
+        return self.gate in ("linear", "mlp") or self.adapter != "none"
+
+    def tensors(
+        self, hidden_size: int, gate_width: int, layer: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the exit's trained tensors, without a prefix.
+
+        Args:
+            layer: names and shapes of the tensors of one of the model's layers.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         if self.gate == "linear":
             shapes.update(_linear("gate.layers.0", hidden_size, 1))
@@ -46,6 +61,8 @@ class ExitPoint(BaseModel):
             shapes.update(_linear("gate.layers.2", gate_width, 1))
         if self.adapter == "linear":
             shapes["adapter.correction.weight"] = (hidden_size, hidden_size)
+        elif self.adapter == "block":
+            shapes.update({f"adapter.{name}": shape for name, shape in layer.items()})
         return shapes
 
 
@@ -67,12 +84,17 @@ class EarlyExitConfig(BaseModel):
         "layer that ran.",
     )
     max_pending: int = Field(
-        16, ge=1, description="Under `recompute`, most tokens of a request that may wait."
+        16,
+        ge=1,
+        description="Most tokens of a request that left and whose debts to the cache wait: to run "
+        "the skipped layers (`recompute`), or to have their approximate entries written together.",
     )
     compaction: Literal["auto", "always"] = Field(
         "auto",
         description="`auto`: tokens leave the batch where that saves time, by costs measured at "
-        "start-up. `always`: wherever they may. The tokens generated are the same.",
+        "start-up. `always`: wherever they may. Under `recompute` the tokens generated are the "
+        "same. Under the other policies a token that might have left, but ran on, has exact "
+        "cache entries: with `auto`, what a request generates may depend on the others.",
     )
     shadow: float = Field(
         0.0,
@@ -90,12 +112,28 @@ class EarlyExitConfig(BaseModel):
             raise ValueError(f"`exits` must have increasing depths, got {depths}")
         return self
 
-    def tensors(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all trained tensors of the exits, as in a checkpoint."""
+    @property
+    def has_tensors(self) -> bool:
+        """Whether anything of the exits is trained."""
+        return any(point.has_tensors for point in self.exits)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether an exit has a layer of its own."""
+        return any(point.adapter == "block" for point in self.exits)
+
+    def tensors(
+        self, hidden_size: int, layer: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all trained tensors of the exits, as in a checkpoint.
+
+        Args:
+            layer: names and shapes of the tensors of one of the model's layers.
+        """
         return {
             f"model.exits.{index}.{name}": shape
             for index, point in enumerate(self.exits)
-            for name, shape in point.tensors(hidden_size, self.gate_width).items()
+            for name, shape in point.tensors(hidden_size, self.gate_width, layer).items()
         }
 
     def check_depths(self, num_layers: int) -> None:

@@ -36,7 +36,10 @@ class DraftRun:
         self._loop, self._step, self._exit = loop, step, exit
         self._thresholds = thresholds
         self._block_size = loop.ledger.block_size
-        layers = loop.trunk.layers[: loop.exits[exit].point.depth]
+        layers = [
+            *loop.trunk.layers[: loop.exits[exit].point.depth],
+            *(own.block for own in loop.exits[: exit + 1] if own.block is not None),
+        ]
         self._names = [layer.self_attn.attn.layer_name for layer in layers]
 
     def __call__(
@@ -81,8 +84,7 @@ class DraftRun:
             for exit, segment in zip(loop.exits[: self._exit + 1], loop.segments, strict=False):
                 tail = take_tail(exit, list(segment(at, hidden, residual)))
                 hidden, residual = tail.hidden, tail.residual
-        depth = loop.exits[self._exit].point.depth
-        loop.counters.add("layer_tokens", len(rows) * depth)
+        loop.counters.add("layer_tokens", len(rows) * loop.layers_to_exit[self._exit])
         logits = loop.compute_logits(loop.finished(self._exit, tail, slice(None)))
         assert logits is not None  # one rank
         probability, token = logits.float().softmax(-1).max(-1)

@@ -57,22 +57,46 @@ class LinearAdapter(nn.Module):
 
 
 class Exit(nn.Module):
-    """Gate and adapter of one exit point; `gate` is None where it is not a trained one."""
+    """Gate and adapter of one exit point; `gate` is None where it is not a trained one.
 
-    def __init__(self, point: ExitPoint, config: EarlyExitConfig, hidden_size: int) -> None:
+    Args:
+        point: what the exit is.
+        config: of all exits.
+        hidden_size: `d`.
+        block: the adapter `block`: a decoder layer of vLLM in the engine, else of Transformers.
+    """
+
+    def __init__(
+        self,
+        point: ExitPoint,
+        config: EarlyExitConfig,
+        hidden_size: int,
+        block: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.point = point
         trained = point.gate in ("linear", "mlp")
         self.gate = Gate(point.gate, hidden_size, config.gate_width) if trained else None
-        self.adapter = LinearAdapter(hidden_size) if point.adapter == "linear" else None
+        self.adapter: nn.Module | None = None
+        if point.adapter == "linear":
+            self.adapter = LinearAdapter(hidden_size)
+        elif point.adapter == "block":
+            assert block is not None
+            self.adapter = block
+
+    @property
+    def block(self) -> nn.Module | None:
+        """The exit's own layer, if that is its adapter."""
+        return self.adapter if self.point.adapter == "block" else None
 
     @property
     def finishes_in_graph(self) -> bool:
         """Whether the final norm's output is computed for all tokens, with the layers before.
 
-        It costs next to nothing there without an adapter; with one, only tokens that leave pay.
+        It costs next to nothing there without an adapter, and a block has to run for every token,
+        since later ones attend to its entries; a linear map is for those that leave.
         """
-        return self.adapter is None
+        return self.point.adapter != "linear"
 
     def comparable(self, threshold: float) -> float:
         """A threshold in the unit of what the gate gives: a logit if trained, else a share."""
@@ -83,8 +107,11 @@ class Exit(nn.Module):
         return math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
 
     def adapt(self, hidden: Tensor) -> Tensor:
-        """What the final norm reads, `[T, d]`, from the exit's hidden states."""
-        return hidden if self.adapter is None else self.adapter(hidden)
+        """What the final norm reads, `[T, d]`, from the exit's hidden states.
+
+        A block is no function of one token, so it is not applied here.
+        """
+        return hidden if self.adapter is None or self.block is not None else self.adapter(hidden)
 
 
 @dataclass

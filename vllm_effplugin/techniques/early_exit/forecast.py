@@ -33,7 +33,8 @@ class Machine(BaseModel):
 
     Attributes:
         sizes: numbers of tokens.
-        whole: the stack as one graph, for each size.
+        plain: the stack without exits, for each size.
+        whole: the stack with them as one graph, for each size.
         head: an exit's adapter, the final norm and the head, which a `softmax` gate runs.
         segments: for each segment, its seconds for each size.
         overhead: to cut a batch.
@@ -41,9 +42,12 @@ class Machine(BaseModel):
             None under `recompute`.
         steps: a whole decode step without exits, head and scheduling included, per batch size.
         block_size: positions of a block of the KV cache.
+        depths: of the exits.
+        blocks: whether each exit has a layer of its own.
     """
 
     sizes: list[int]
+    plain: list[float]
     whole: list[float]
     head: list[float]
     segments: list[list[float]]
@@ -52,20 +56,34 @@ class Machine(BaseModel):
     steps: dict[int, float]
     block_size: int
     num_layers: int
+    depths: list[int]
+    blocks: list[bool]
 
     def costs(self, kept: Sequence[int], max_pending: int) -> Costs:
-        """The cost table of a stack that has only some of the exits, given by index."""
+        """The cost table of a stack that has only some of the exits, given by index.
+
+        The block of an exit that is left out is taken to have cost what a layer before it did.
+        """
+        segments = np.array(self.segments)
+        # Measured apart from each other, and the second computes all that the first does.
+        whole = np.maximum(self.plain, self.whole)
+        layers = np.diff([0, *self.depths])
+        for index in np.flatnonzero(self.blocks):
+            if index not in kept:
+                block = segments[index] / (layers[index] + 1)
+                segments[index] -= block
+                whole -= block
         columns: list[Column] = []
         start = 0
-        for end in [*(index + 1 for index in kept), len(self.segments)]:
-            merged = np.sum(self.segments[start:end], axis=0)
-            columns.append(Column(self.sizes, merged.tolist()))
+        for end in [*(index + 1 for index in kept), len(segments)]:
+            columns.append(Column(self.sizes, segments[start:end].sum(axis=0).tolist()))
             start = end
         fill = None
         if self.fill is not None:
             fill = [Column(self.sizes, self.fill[index]) for index in kept]
-        whole = Column(self.sizes, self.whole)
-        return Costs(whole, columns, self.overhead, fill, max_pending)
+        return Costs(
+            Column(self.sizes, whole.tolist()), columns, self.overhead, fill, max_pending
+        )
 
 
 class Forecast(BaseModel):
@@ -97,6 +115,7 @@ def forecast(
     exits = config.exits
     costs = machine.costs(kept, config.max_pending)
     layers = np.diff([0, *(point.depth for point in exits), machine.num_layers])
+    layers[:-1] += [point.adapter == "block" for point in exits]
     preference = Preference(costs)
     ledger = Ledger(batch, len(exits), config.max_pending, machine.block_size)
     asks = [
@@ -132,11 +151,11 @@ def forecast(
             positions[slot] = 0
             ledger.open(slot)
     stack = seconds / STEPS
-    whole = costs.whole.at(batch)
-    rest = max(0.0, machine.steps[batch] - whole)  # head, sampler, scheduler
+    plain = Column(machine.sizes, machine.plain).at(batch)
+    rest = max(0.0, machine.steps[batch] - plain)  # head, sampler, scheduler
     return Forecast(
         batch=batch,
-        speed=(whole + rest) / (stack + rest),
+        speed=(plain + rest) / (stack + rest),
         layer_tokens=float(ran @ layers) / (STEPS * batch * machine.num_layers),
     )
 

@@ -44,10 +44,15 @@ from vllm_effplugin.techniques.early_exit.request import (
 from vllm_effplugin.techniques.early_exit.step import StepRun
 
 
-def _tail(trunk: Any, exit: Exit, hidden: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+def _tail(
+    trunk: Any, exit: Exit, positions: Tensor, hidden: Tensor, residual: Tensor
+) -> tuple[Tensor, ...]:
     """What is needed of a batch behind an exit, in the order of `take_tail`."""
     tail = [hidden, residual]
-    if exit.finishes_in_graph:
+    if exit.block is not None:
+        # Clones, because vLLM's kernels add to the residual in place.
+        tail.append(trunk.norm(*exit.block(positions, hidden.clone(), residual.clone()))[0])
+    elif exit.finishes_in_graph:
         tail.append(trunk.norm(hidden + residual))
     if exit.gate is not None:
         tail.append(exit.gate(hidden + residual))
@@ -59,7 +64,7 @@ def _to_exit(
 ) -> tuple[Tensor, ...]:
     trunk = self.owned[0]
     hidden, residual = run_units(self.units, trunk.layers, positions, hidden, residual)
-    return _tail(trunk, self.exit[0], hidden, residual)
+    return _tail(trunk, self.exit[0], positions, hidden, residual)
 
 
 def _to_end(self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
@@ -88,7 +93,7 @@ def _whole(
         hidden, residual = trunk.layers[unit.first](positions, hidden, residual)
         exit = self.exit_behind[0].get(unit.layers[-1])
         if exit is not None:
-            exits += _tail(trunk, exit, hidden, residual)
+            exits += _tail(trunk, exit, positions, hidden, residual)
     return trunk.norm(hidden, residual)[0], *exits
 
 
@@ -107,6 +112,12 @@ class ExitLoop:
         self.config = config
         self.exits: list[Exit] = list(trunk.exits)
         self.num_layers = len(plan.unit_of)
+        # Layers up to each exit and to the end, the exits' own included.
+        blocks = np.cumsum([exit.block is not None for exit in self.exits], dtype=int)
+        self.layers_to_exit = [
+            exit.point.depth + int(count) for exit, count in zip(self.exits, blocks, strict=True)
+        ]
+        self.layers_to_end = self.num_layers + int(blocks[-1])
         *before, last = plan.segments
         self.segments = [
             *(
@@ -129,6 +140,7 @@ class ExitLoop:
         self.counters = Counters(len(self.exits))
         self.shadow = config.shadow
         self._head_seconds: list[float] = []
+        self._plain_seconds: list[float] = []
         self.rehearsal: Rehearsal | None = None
         self.on_step: Callable[[StepRun], None] | None = None
         self.compute_logits: Callable[[Tensor], Tensor | None] = lambda hidden: None
@@ -147,6 +159,8 @@ class ExitLoop:
         self._wanted: np.ndarray = np.zeros((0, len(self.exits)))
         self._exits: np.ndarray = np.zeros(0, dtype=bool)
         self._any_exits = False
+        # Whether the exits' blocks have to see all tokens of these, drafted ones included.
+        self.needs_blocks = False
         # Hidden state and residual of the tokens that wait, `max_pending` places per request.
         places = slots * config.max_pending if config.cache == "recompute" else 0
         model = vllm_config.model_config
@@ -223,14 +237,19 @@ class ExitLoop:
             return self._warm_up(input_ids, positions, inputs_embeds)
         if self.rehearsal is not None:
             return self.rehearsal(step, input_ids, positions)
-        self._last_step = step
         slots = self._source.slots()
+        if slots is None:
+            return self._warm_up(input_ids, positions, inputs_embeds)
+        self._last_step = step
         if slots is not self._slots:
             self._slots = slots
             self._wanted = self._thresholds[slots]
             self._exits = np.any(self._wanted < np.inf, axis=1)
             self._any_exits = bool(np.any(self._exits))
-        if not self._any_exits:  # nobody may leave at all: nothing but the stack
+            self.needs_blocks = self.config.has_blocks and (
+                self._any_exits or bool(np.any(self._draft_thresholds[slots] < np.inf))
+            )
+        if not (self._any_exits or self.needs_blocks):  # nothing but the stack
             for name in ("layer_tokens", "full_layer_tokens"):
                 self.counters.add(name, len(positions) * self.num_layers)
             return self.plain(input_ids, positions, inputs_embeds)
@@ -261,7 +280,10 @@ class ExitLoop:
         return self.plain(input_ids, positions, inputs_embeds)
 
     def finish(self, exit: int, hidden: Tensor) -> Tensor:
-        """The final norm's output for `[n, d]` hidden states that leave at an exit."""
+        """The final norm's output for `[n, d]` hidden states that leave at an exit.
+
+        Not where the graph computes it.
+        """
         return self.trunk.norm(self.exits[exit].adapt(hidden))
 
     def finished(self, exit: int, tail: Tail, index: Tensor | slice) -> Tensor:
@@ -289,7 +311,9 @@ class ExitLoop:
         """
         assert self._last_step is not None
         assert self._source is not None
-        wanted = self._draft_thresholds[self._source.slots()[rows]]
+        slots = self._source.slots()
+        assert slots is not None
+        wanted = self._draft_thresholds[slots[rows]]
         drafts: Drafts = [[] for _ in rows]
         for exit in range(len(self.exits)):
             # At its first exit: the layers up to there are the ones that drafting has to run.
@@ -344,7 +368,7 @@ class ExitLoop:
         overhead = float(agreed[-1])
         parts = agreed[: parts.size].reshape(parts.shape)
         fills = agreed[parts.size : -1].reshape(fills.shape)
-        self._head_seconds, *columns = parts.tolist()
+        self._head_seconds, self._plain_seconds, *columns = parts.tolist()
         whole, *segments = (Column(list(found), column) for column in columns)
         fill = None
         if self.fill is not None:
@@ -359,6 +383,7 @@ class ExitLoop:
             raise UnsupportedError("no costs were measured: too few tokens fit a batch")
         return {
             "sizes": list(costs.whole.sizes),
+            "plain": self._plain_seconds,
             "whole": list(costs.whole.seconds),
             "head": self._head_seconds,
             "segments": [list(segment.seconds) for segment in costs.segments],
@@ -366,4 +391,6 @@ class ExitLoop:
             "fill": None if costs.fill is None else [list(c.seconds) for c in costs.fill],
             "block_size": self.vllm_config.cache_config.block_size,
             "num_layers": self.num_layers,
+            "depths": [exit.point.depth for exit in self.exits],
+            "blocks": [exit.block is not None for exit in self.exits],
         }

@@ -34,7 +34,8 @@ class Rehearsal:
     """Takes the place of a step in the runner's dummy run, attention included, and measures.
 
     Attributes:
-        parts: seconds of an exit's way to the logits, of the whole stack, and of each segment.
+        parts: seconds of an exit's way to the logits, of the stack without exits, of the stack
+            with them as one graph, and of each segment.
         fills: for each exit, the seconds that the cache entries of all tokens cost there.
         overhead: seconds that a step takes longer when it is cut behind its first exit, layers
             left out; of a batch with one token per request.
@@ -64,14 +65,17 @@ class Rehearsal:
         loop = self._loop
         first, *others = loop.segments
         head = lambda: loop.compute_logits(loop.finish(0, hidden))  # noqa: E731
+        plain = [head, lambda: loop.plain(input_ids, positions, None)]
         as_one = [head, lambda: loop.whole(input_ids, positions, None)]
         in_segments = [
             head,
             lambda: first(positions, hidden, None),
             *(lambda part=part: part(positions, hidden, hidden) for part in others),
         ]
-        (head_seconds, whole), (_, *segments) = _best_times([as_one, in_segments], positions.device)
-        return [head_seconds, whole, *segments]
+        (head_seconds, stack), (_, whole), (_, *segments) = _best_times(
+            [plain, as_one, in_segments], positions.device
+        )
+        return [head_seconds, stack, whole, *segments]
 
     def _fill_seconds(self, exit: int, hidden: Tensor, positions: Tensor) -> float:
         fill = self._loop.fill

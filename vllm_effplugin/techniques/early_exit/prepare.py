@@ -68,7 +68,12 @@ from vllm_effplugin.techniques.early_exit.thresholds import (
 from vllm_effplugin.techniques.early_exit.thresholds import (
     Path as PricePath,
 )
-from vllm_effplugin.techniques.early_exit.training import Trainer, TrainSettings, confidence
+from vllm_effplugin.techniques.early_exit.training import (
+    Trainer,
+    TrainSettings,
+    confidence,
+    new_block,
+)
 from vllm_effplugin.techniques.early_exit.tune import Tuner, TuneSettings
 
 logger = logging.getLogger(__name__)
@@ -100,7 +105,7 @@ class PrepareRequest(BaseModel):
     )
     gate: Literal["linear", "mlp", "softmax"] = "linear"
     gate_width: int = Field(64, ge=1)
-    adapter: Literal["none", "linear"] = "linear"
+    adapter: Literal["none", "linear", "block"] = "linear"
     cache: Literal["recompute", "propagate", "copy"] = "recompute"
     max_pending: int = Field(16, ge=1)
     min_agreement: float = Field(0.95, gt=0, lt=1)
@@ -193,10 +198,7 @@ def prepare(
     if request.tune is not None:
         base, tuning = _tune(model, dtype, depths, request.tune, text, work)
     everything = request.config(depths, [0.5] * len(depths))
-    torch.manual_seed(request.seed)
-    exits = [Exit(p, everything, int(model_config["hidden_size"])) for p in everything.exits]
-    choosing, held_out, losses = _train(base, dtype, exits, depths, text, request, work)
-    tensors = _stored(exits, dtype)
+    tensors, choosing, held_out, losses = _train(base, dtype, everything, text, request, work)
 
     machine = work.result("machine", Machine)
     if machine is None:
@@ -342,53 +344,59 @@ def _tune(
 def _train(
     model: Path,
     dtype: torch.dtype,
-    exits: list[Exit],
-    depths: Sequence[int],
+    config: EarlyExitConfig,
     text: Calibration,
     request: PrepareRequest,
     work: WorkDirectory,
-) -> tuple[Sample, Sample, dict[str, Any]]:
+) -> tuple[dict[str, Tensor], Sample, Sample, dict[str, Any]]:
     """Train the exits, or take them from the work directory.
 
     Returns:
-        what they say of the text to choose on and of the held-out text, and the losses.
+        their tensors as in a checkpoint, what they say of the text to choose on and of the
+        held-out text, and the losses.
     """
-    modules = torch.nn.ModuleList(exits)
-    trained, judged = work.tensors("exits"), work.tensors("samples")
+    tensors, judged = work.tensors("exits"), work.tensors("samples")
     losses: dict[str, Any] = {}
-    if trained is None or judged is None:
+    if tensors is None or judged is None:
+        depths = [point.depth for point in config.exits]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         working = torch.bfloat16 if request.train.precision == "bf16" else torch.float32
         loaded = load_model(model, working).to(device)
+        torch.manual_seed(request.seed)
+        exits = [
+            Exit(
+                point,
+                config,
+                int(loaded.config.hidden_size),
+                new_block(loaded) if point.adapter == "block" else None,
+            )
+            for point in config.exits
+        ]
         held = _captured(loaded, text.held_out, depths, "features-held-out", request, work)
         whole = _captured(loaded, text.train, depths, "features-train", request, work)
         part = max(1, int(len(text.train) * CHOOSING_SHARE))
         train, choose = whole[part:], whole[:part]
         trainer = Trainer(loaded, request.train)
-        hidden, final = train.exits.flatten(1, 2), train.final.flatten(0, 1)
         for index, exit in enumerate(exits):
+            curve = trainer.fit_adapter(exit, train.exits[index], train.final)
             if exit.adapter is not None:
-                curve = trainer.fit_adapter(exit.adapter, hidden[index], final)
                 losses[f"adapter {depths[index]}"] = _thinned(curve)
-        for exit in exits:  # judged as they will be stored
-            if exit.adapter is not None:
-                exit.adapter.to(dtype).float()
+                exit.adapter.to(dtype).float()  # judged as it will be stored
         losses["gates"] = _thinned(
-            trainer.fit_gates(exits, hidden, trainer.verdicts(exits, hidden, final))
+            trainer.fit_gates(exits, train.exits.flatten(1, 2), trainer.verdicts(exits, train))
         )
         judged = {}
         for name, features in (("choosing", choose), ("held_out", held)):
             for key, value in _judge(trainer, exits, features).items():
                 judged[f"{name}.{key}"] = value
-        work.save_tensors("exits", modules.state_dict())
+        tensors = _stored(exits, dtype)
+        work.save_tensors("exits", tensors)
         work.save_tensors("samples", judged)
-    else:
-        modules.load_state_dict(trained)
     samples = [
         Sample(judged[f"{name}.confidence"].numpy(), judged[f"{name}.agrees"].numpy())
         for name in ("choosing", "held_out")
     ]
-    return samples[0], samples[1], losses
+    return tensors, samples[0], samples[1], losses
 
 
 def _captured(
@@ -410,11 +418,10 @@ def _captured(
 def _judge(trainer: Trainer, exits: Sequence[Exit], features: Features) -> dict[str, Tensor]:
     """Confidence and agreement `[E, M, S]` of the exits on some text."""
     shape = features.exits.shape[:-1]
-    hidden = features.exits.flatten(1, 2)
-    verdicts = trainer.verdicts(exits, hidden, features.final.flatten(0, 1))
+    verdicts = trainer.verdicts(exits, features)
     scores = [
         confidence(exit, states, verdict)
-        for exit, states, verdict in zip(exits, hidden, verdicts, strict=True)
+        for exit, states, verdict in zip(exits, features.exits.flatten(1, 2), verdicts, strict=True)
     ]
     agrees = torch.stack([verdict.agrees for verdict in verdicts])
     return {"confidence": torch.stack(scores).view(shape), "agrees": agrees.view(shape)}

@@ -26,7 +26,7 @@ class ReferenceSequence:
     Args:
         model: a `*ForCausalLM` of the Llama, Mistral, Qwen2 or Qwen3 family.
         config: exits and cache policy.
-        exits: their trained parts, in order.
+        exits: their trained parts, in order; blocks are decoder layers of the model's class.
     """
 
     def __init__(
@@ -34,7 +34,19 @@ class ReferenceSequence:
     ) -> None:
         self._model, self._decoder = model, model.model
         self._config, self._exits = config, exits
-        self._cache = DynamicCache(config=model.config)
+        self._depth = len(self._decoder.layers)
+        self._cache = DynamicCache()
+        # Layers in the order in which they run, and how many have run at each exit.
+        self._layers: list[Any] = []
+        self._ends: list[int] = []
+        for index, layer in enumerate(self._decoder.layers):
+            self._layers.append(layer)
+            for number, exit in enumerate(exits):
+                if exit.point.depth == index + 1:
+                    if exit.block is not None:
+                        exit.block.self_attn.layer_idx = self._depth + number
+                        self._layers.append(exit.block)
+                    self._ends.append(len(self._layers))
 
     @torch.no_grad()
     def run(self, tokens: Sequence[int], start: int) -> Tensor:
@@ -43,7 +55,7 @@ class ReferenceSequence:
         Whatever the cache held from `start` on is forgotten.
         """
         self._forget(start)
-        hidden = self._layers(self._embed(tokens), 0, len(self._decoder.layers), start)
+        hidden, _ = self._run(self._embed(tokens), 0, len(self._layers), start)
         return self._logits(hidden)
 
     @torch.no_grad()
@@ -53,31 +65,36 @@ class ReferenceSequence:
         The layers behind it get their cache entries by the policy, exact ones for `recompute`.
         """
         self._forget(position)
-        depth = self._config.exits[exit].depth
-        hidden = self._layers(self._embed([token]), 0, depth, position)
+        end = self._ends[exit]
+        hidden, adapted = self._run(self._embed([token]), 0, end, position)
         if self._config.cache == "recompute":
-            self._layers(hidden, depth, len(self._decoder.layers), position)
+            self._run(hidden, end, len(self._layers), position)
         else:
-            for index in range(depth, len(self._decoder.layers)):
-                self._fill(index, depth - 1, hidden, position)
-        return self._logits(self._exits[exit].adapt(hidden))[0]
+            ran = self._config.exits[exit].depth - 1
+            for layer in self._layers[end:]:
+                self._fill(layer, ran, hidden, position)
+        return self._logits(self._adapted(exit, hidden, adapted))[0]
 
     @torch.no_grad()
     def confidence(self, token: int, position: int, exit: int) -> float:
         """What an exit's gate says about a token, as a probability. Leaves the cache as it was."""
         self._forget(position)
-        depth = self._config.exits[exit].depth
-        hidden = self._layers(self._embed([token]), 0, depth, position)
+        hidden, adapted = self._run(self._embed([token]), 0, self._ends[exit], position)
         self._forget(position)
         module = self._exits[exit]
         if module.gate is not None:
             return float(module.gate(hidden[0]).sigmoid())
-        return float(self._logits(module.adapt(hidden)).softmax(-1).max())
+        logits = self._logits(self._adapted(exit, hidden, adapted))
+        return float(logits.softmax(-1).max())
+
+    def _adapted(self, exit: int, hidden: Tensor, adapted: Tensor) -> Tensor:
+        module = self._exits[exit]
+        return module.adapt(hidden) if module.block is None else adapted
 
     def _forget(self, start: int) -> None:
         """Drop the cache from position `start` on, layer by layer: some may have less."""
         if start == 0:
-            self._cache = DynamicCache(config=self._model.config)
+            self._cache = DynamicCache()
         for layer in self._cache.layers:
             if layer.keys is not None and layer.keys.numel():
                 layer.keys = layer.keys[:, :, :start]
@@ -89,36 +106,44 @@ class ReferenceSequence:
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._model.lm_head(self._decoder.norm(hidden))[0]
 
-    def _layers(self, hidden: Tensor, first: int, last: int, start: int) -> Tensor:
-        """Layers `[first, last)` on `[1, S, d]` hidden states from position `start` on."""
+    def _run(self, hidden: Tensor, first: int, last: int, start: int) -> tuple[Tensor, Tensor]:
+        """Run some of `_layers` on `[1, S, d]` hidden states from position `start` on.
+
+        Returns:
+            the hidden states behind the last layer of the model itself, and behind the last layer;
+            they differ where that is an exit's own.
+        """
         length = hidden.shape[1]
         positions = torch.arange(start, start + length)
         visible = torch.arange(start + length)[None] <= positions[:, None]
         mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[None, None]
         rotary = self._decoder.rotary_emb(hidden, positions[None])
-        for layer in self._decoder.layers[first:last]:
+        behind = hidden
+        for layer in self._layers[first:last]:
             delta, _ = layer.self_attn(
                 hidden_states=layer.input_layernorm(hidden),
                 position_embeddings=rotary,
                 attention_mask=mask,
                 past_key_values=self._cache,
             )
-            hidden = hidden + delta
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden
+            behind = hidden + delta
+            behind = behind + layer.mlp(layer.post_attention_layernorm(behind))
+            if layer.self_attn.layer_idx < self._depth:
+                hidden = behind
+        return hidden, behind
 
-    def _fill(self, index: int, ran: int, hidden: Tensor, position: int) -> None:
+    def _fill(self, layer: Any, ran: int, hidden: Tensor, position: int) -> None:
         """Cache entry of a skipped layer for one token.
 
         Args:
-            ran: the last layer that ran.
+            ran: index of the model's last layer that ran.
             hidden: `[1, 1, d]` behind it.
         """
+        index = layer.self_attn.layer_idx
         if self._config.cache == "copy":
             source = self._cache.layers[ran]
             self._cache.update(source.keys[:, :, position:], source.values[:, :, position:], index)
             return
-        layer: Any = self._decoder.layers[index]
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         shape = (1, 1, -1, attention.head_dim)

@@ -95,9 +95,10 @@ class StepRun:
     def as_one(self, inputs_embeds: Tensor | None) -> Tensor:
         """Run everything for every row. No token of theirs may be waiting."""
         loop = self._loop
-        loop.counters.add("layer_tokens", self.passage.tokens * loop.num_layers)
-        if not self.decoding:
+        if not (self.decoding or loop.needs_blocks):
+            loop.counters.add("layer_tokens", self.passage.tokens * loop.num_layers)
             return loop.plain(self._input_ids, self._positions, inputs_embeds)
+        loop.counters.add("layer_tokens", self.passage.tokens * loop.layers_to_end)
         if loop.fills is not None:
             loop.fills.write(self.rows.slots)
         output, *tensors = loop.whole(self._input_ids, self._positions, inputs_embeds)
@@ -129,10 +130,8 @@ class StepRun:
                     loop.exits[exit], list(segment(tokens.positions, hidden, residual))
                 )
             hidden, residual = tail.hidden, tail.residual
-            loop.counters.add(
-                "layer_tokens", before.tokens * (loop.exits[exit].point.depth - depth)
-            )
-            depth = loop.exits[exit].point.depth
+            loop.counters.add("layer_tokens", before.tokens * (loop.layers_to_exit[exit] - depth))
+            depth = loop.layers_to_exit[exit]
             self._fire(exit, tail, _read_gates([tail])[0], output)
             departure = passage.depart(exit)
             leaving = int(np.count_nonzero(departure.leaves))
@@ -150,7 +149,7 @@ class StepRun:
         else:
             with tokens.context():
                 hidden = loop.segments[-1](tokens.positions, hidden, residual)
-            loop.counters.add("layer_tokens", passage.batch.tokens * (loop.num_layers - depth))
+            loop.counters.add("layer_tokens", passage.batch.tokens * (loop.layers_to_end - depth))
             passage.finish()
             self._compare(hidden, output)
             output = self._collect(hidden, output)

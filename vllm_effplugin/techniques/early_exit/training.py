@@ -3,11 +3,13 @@
 DYNAMAX (arXiv 2504.20922): the model is the oracle. The target of a gate is 1 where the exit's most
 likely token is among the oracle's top k; losses weigh linearly more from exit to exit.
 
-Shapes: `N` tokens, `d` hidden size, `V` vocabulary, `E` exits.
+Shapes: `M` sequences, `S` positions, `N` = `M * S` tokens, `d` hidden size, `V` vocabulary,
+`E` exits.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vllm_effplugin.preparation.decoder import Decoder, run_layer
 from vllm_effplugin.preparation.head import HeadDivergence
-from vllm_effplugin.preparation.precision import Precision
+from vllm_effplugin.preparation.precision import Precision, autocast
 from vllm_effplugin.techniques.early_exit.exits import Exit, LinearAdapter
+from vllm_effplugin.techniques.early_exit.features import Features
 
 RIDGE = 1e-3
 """Relative to the mean of the Gram matrix's diagonal."""
@@ -68,6 +72,7 @@ class Trainer:
     """
 
     def __init__(self, model: Any, settings: TrainSettings) -> None:
+        self._decoder = Decoder(model)
         self._norm = model.model.norm
         self._head: Tensor = model.lm_head.weight
         self._settings = settings
@@ -75,52 +80,70 @@ class Trainer:
 
     # --- Adapters --------------------------------------------------------------------------------
 
-    def fit_adapter(self, adapter: LinearAdapter, hidden: Tensor, final: Tensor) -> list[float]:
-        """Fit an adapter: least squares on the final state, then KL(oracle || exit).
+    def fit_adapter(self, exit: Exit, hidden: Tensor, final: Tensor) -> list[float]:
+        """Fit an exit's adapter, if it has one: KL(oracle || exit), from a start that is close.
+
+        A linear map starts from least squares on the final state; a block is a copy of a layer, as
+        `new_block` made it.
 
         Args:
-            adapter: changed in place.
-            hidden, final: `[N, d]` states at the exit and behind the last layer.
+            exit: its adapter is changed in place.
+            hidden, final: `[M, S, d]` states at the exit and behind the last layer.
 
         Returns:
             the KL of each step, in nats per token.
         """
-        adapter.float().to(self._device)
-        with torch.no_grad():
-            adapter.correction.weight.copy_(ridge(hidden, final))
+        if exit.adapter is None:
+            return []
+        exit.adapter.float().to(self._device)
+        size = 1  # tokens of a unit that batches are drawn from: a block needs whole sequences
+        if isinstance(exit.adapter, LinearAdapter):
+            hidden, final = hidden.flatten(0, 1), final.flatten(0, 1)
+            with torch.no_grad():
+                exit.adapter.correction.weight.copy_(ridge(hidden, final))
+        else:
+            size = hidden.shape[1]
 
         def loss(rows: Tensor) -> Tensor:
-            states = hidden[rows].to(self._device).float()
-            oracle = self._norm(final[rows].to(self._device).float())
-            return HeadDivergence.apply(self._norm(adapter(states)), oracle, self._head)
+            adapted = self._adapted(exit, hidden[rows]).flatten(0, -2)
+            oracle = self._norm(final[rows].to(self._device).float()).flatten(0, -2)
+            return HeadDivergence.apply(adapted, oracle, self._head)
 
         settings = self._settings
         optimizer = torch.optim.AdamW(
-            adapter.parameters(), lr=settings.adapter_rate, weight_decay=0.0
+            exit.adapter.parameters(), lr=settings.adapter_rate, weight_decay=0.0
         )
-        steps = settings.adapter_tokens // settings.batch
-        return self._descend(optimizer, loss, len(hidden), steps, "adapter")
+        batch = max(1, settings.batch // size)
+        steps = settings.adapter_tokens // (batch * size)
+        return self._descend(optimizer, loss, len(hidden), batch, steps, "adapter")
+
+    def _adapted(self, exit: Exit, states: Tensor) -> Tensor:
+        """The final norm's output in fp32, from `[..., d]` states; from `[B, S, d]` for a block."""
+        states = states.to(self._device).float()
+        if exit.block is None:
+            return self._norm(exit.adapt(states))
+        with autocast(self._device, self._settings.precision):
+            states = run_layer(exit.block, states, self._decoder.context(states))
+        return self._norm(states.float())
 
     # --- Verdicts --------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def verdicts(self, exits: Sequence[Exit], hidden: Tensor, final: Tensor) -> list[Verdicts]:
-        """What each exit would say, against the oracle.
-
-        Args:
-            hidden: `[E, N, d]` states at the exits.
-            final: `[N, d]` states behind the last layer.
-        """
-        count = len(final)
+    def verdicts(self, exits: Sequence[Exit], features: Features) -> list[Verdicts]:
+        """What each exit would say, against the oracle."""
+        sequences, length = features.final.shape[:2]
+        count = sequences * length
         agrees = torch.empty(len(exits), count, dtype=torch.bool)
         target = torch.empty(len(exits), count, dtype=torch.bool)
         probability = torch.empty(len(exits), count)
+        step = max(1, HEAD_CHUNK // length)
         with tqdm(total=count, desc="verdicts", unit="tok", unit_scale=True, leave=False) as bar:
-            for start in range(0, count, HEAD_CHUNK):
-                part = slice(start, start + HEAD_CHUNK)
-                best = self._logits(final[part]).topk(self._settings.top_k).indices
+            for start in range(0, sequences, step):
+                chosen = slice(start, start + step)
+                part = slice(start * length, min(start + step, sequences) * length)
+                best = self._logits(features.final[chosen]).topk(self._settings.top_k).indices
                 for index, exit in enumerate(exits):
-                    logits = self._logits(hidden[index, part], exit)
+                    logits = self._logits(features.exits[index, chosen], exit)
                     top, token = logits.max(-1)
                     probability[index, part] = (top - logits.logsumexp(-1)).exp().cpu()
                     agrees[index, part] = (token == best[:, 0]).cpu()
@@ -138,10 +161,12 @@ class Trainer:
         return same / len(one)
 
     def _logits(self, states: Tensor, exit: Exit | None = None) -> Tensor:
-        """`[N, V]` in fp32 from `[N, d]` states."""
-        states = states.to(self._device).float()
-        normed = self._norm(states if exit is None else exit.adapt(states))
-        return (normed.to(self._head.dtype) @ self._head.T).float()
+        """`[N, V]` in fp32 from `[N, d]` states, or from `[M, S, d]`."""
+        if exit is None:
+            normed = self._norm(states.to(self._device).float())
+        else:
+            normed = self._adapted(exit, states)
+        return (normed.flatten(0, -2).to(self._head.dtype) @ self._head.T).float()
 
     # --- Gates -----------------------------------------------------------------------------------
 
@@ -152,7 +177,7 @@ class Trainer:
 
         Args:
             exits: those without a trained gate are left out; changed in place.
-            hidden: `[E, N, d]`.
+            hidden: `[E, N, d]` states at the exits.
             verdicts: of each exit on the same tokens.
 
         Returns:
@@ -185,7 +210,8 @@ class Trainer:
         optimizer = torch.optim.AdamW(parameters, lr=settings.gate_rate, weight_decay=1e-2)
         count = hidden.shape[1]
         steps = settings.gate_epochs * max(1, count // settings.batch)
-        losses = self._descend(optimizer, loss, count, steps, "gates")
+        batch = min(settings.batch, count)
+        losses = self._descend(optimizer, loss, count, batch, steps, "gates")
         per_epoch = max(1, len(losses) // settings.gate_epochs)
         return [
             sum(losses[i : i + per_epoch]) / len(losses[i : i + per_epoch])
@@ -197,13 +223,14 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         loss: Callable[[Tensor], Tensor],
         count: int,
+        batch: int,
         steps: int,
         label: str,
     ) -> list[float]:
-        """Minimise the `loss` of row indices; the loss of each step."""
+        """Minimise the `loss` of `batch` of `count` row indices; the loss of each step."""
         losses: list[float] = []
         rates = [group["lr"] for group in optimizer.param_groups]
-        batches = tqdm(self._batches(count, steps), total=steps, desc=label, leave=False)
+        batches = tqdm(self._batches(count, batch, steps), total=steps, desc=label, leave=False)
         for step, rows in enumerate(batches):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _cosine(step, steps)
@@ -214,9 +241,9 @@ class Trainer:
             losses.append(float(value.detach()))
         return losses
 
-    def _batches(self, count: int, steps: int) -> Iterator[Tensor]:
+    def _batches(self, count: int, size: int, steps: int) -> Iterator[Tensor]:
         """Row indices of each step; shuffled anew in every pass."""
-        size = min(self._settings.batch, count)
+        size = min(size, count)
         per_pass = count // size
         for step in range(steps):
             turn, place = divmod(step, per_pass)
@@ -224,6 +251,14 @@ class Trainer:
                 generator = torch.Generator().manual_seed(self._settings.seed + turn)
                 order = torch.randperm(count, generator=generator)
             yield order[place * size : (place + 1) * size]
+
+
+def new_block(model: Any) -> nn.Module:
+    """An exit's own layer before training: a copy of the model's last one (Balcony).
+
+    Its output is what the final norm is used to.
+    """
+    return copy.deepcopy(model.model.layers[-1]).requires_grad_(True)
 
 
 @torch.inference_mode()
