@@ -46,8 +46,9 @@ class EffpluginCPUWorker(CPUWorker):
             model.attach(self._v1_rows)
 
     def take_draft_token_ids(self) -> Any:
-        # Runner V1: where a request comes near the model's length limit, the runner does not draft and hands
-        # out zeros for all requests. They would be verified in vain, and keep tokens from leaving.
+        # Runner V1: where a request comes near the model's length limit, it does not draft and
+        # hands out zeros for all requests. They would be verified in vain, and keep tokens from
+        # leaving.
         drafts = getattr(self.model_runner, "_draft_token_ids", None)
         if self._v1_rows is not None and isinstance(drafts, torch.Tensor):
             return None

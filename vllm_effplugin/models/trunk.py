@@ -30,6 +30,7 @@ from vllm_effplugin.techniques.layer_parallel.layer import (
 )
 from vllm_effplugin.techniques.layer_parallel.weights import GroupCollector
 
+
 def compile_trunk(cls: type[Any]) -> type[Any]:
     """Decorator: compile the trunk as one graph when its plan has a single segment."""
     return support_torch_compile(

@@ -81,9 +81,7 @@ class Machine(BaseModel):
         fill = None
         if self.fill is not None:
             fill = [Column(self.sizes, self.fill[index]) for index in kept]
-        return Costs(
-            Column(self.sizes, whole.tolist()), columns, self.overhead, fill, max_pending
-        )
+        return Costs(Column(self.sizes, whole.tolist()), columns, self.overhead, fill, max_pending)
 
 
 class Forecast(BaseModel):
