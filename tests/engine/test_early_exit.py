@@ -58,17 +58,23 @@ class Trace:
         self.loop.on_step = self._observe
 
     def _observe(self, run: Any) -> None:
-        batch = self.loop._source._runner.input_batch
+        source = self.loop._source  # of runner V1, or of V2
+        batch = source._runner.input_batch if hasattr(source, "_runner") else source.batch
         for row in range(len(run.rows.slots)):
             self.events.setdefault(batch.req_ids[row], []).append(
                 (int(run.rows.starts[row]), int(run.rows.lengths[row]), int(run.passage.fired[row]))
             )
 
     def take(self) -> list[list[tuple[int, int, int]]]:
-        """The events so far, in the order in which requests were first scheduled."""
-        events = list(self.events.values())
+        """The events so far, in the order in which requests arrived: vLLM numbers them."""
+        events = [self.events[name] for name in sorted(self.events, key=arrival)]
         self.events.clear()
         return events
+
+
+def arrival(request: str) -> int:
+    """Its number, which vLLM adds a suffix to."""
+    return int(request.split("-")[0])
 
 
 @contextmanager
@@ -663,7 +669,7 @@ def run_schedule(llm, trace, replay, arrivals, aborted) -> None:
             if output.finished and output.outputs[0].finish_reason == "length":
                 finished[output.request_id] = output.outputs[0]
         step += 1
-    events = {name.split("-")[0]: happened for name, happened in trace.events.items()}
+    events = {str(arrival(name)): happened for name, happened in trace.events.items()}
     for _, name, prompt, _ in arrivals:
         completion = finished.get(name)
         if completion is None:
