@@ -80,10 +80,11 @@ def test_refused(tiny, efficiency, options, named):
         build(tiny(), efficiency=efficiency, **options)
 
 
-def test_runner_v2_with_exits_is_refused(tiny, monkeypatch):
+def test_verified_exits_on_runner_v2_are_refused(tiny, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    build(tiny(), efficiency=EXITS)
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        build(tiny(), efficiency=EXITS)
+        build(tiny(), efficiency=EXITS, speculative_config=VERIFY)
 
 
 def test_a_draft_model_is_refused(tiny):

@@ -254,9 +254,8 @@ class Trainer:
 
 
 def new_block(model: Any) -> nn.Module:
-    """An exit's own layer before training: a copy of the model's last one (Balcony).
-
-    Its output is what the final norm is used to.
+    """An exit's own layer before training (Balcony, arXiv 2503.05005): a copy of the last layer,
+    whose output is what the final norm is used to.
     """
     return copy.deepcopy(model.model.layers[-1]).requires_grad_(True)
 

@@ -1,0 +1,78 @@
+"""The engine tests once more, on vLLM's model runner V2.
+
+Runner V2 needs Triton. On a CPU its kernels run in Triton's interpreter (`triton_interpreter`):
+slowly, but they are the same. Which runner a process has is settled when it imports vLLM, so these
+tests run in a pytest of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+INTERPRETER = HERE.parent / "triton_interpreter"
+
+EXITS = [
+    "test_mixed_batches[Llama-recompute]",
+    "test_mixed_batches[Llama-all-recompute]",
+    "test_mixed_batches[Qwen3-propagate]",
+    "test_mixed_batches[Llama-softmax-copy]",
+    "test_blocks_in_mixed_batches[Llama-recompute]",
+    "test_trained_exits[mlp-block-auto]",
+    "test_exact_requests_never_see_approximate_entries[propagate]",
+    "test_several_samples_of_one_prompt",
+    "test_callers_decide",
+    "test_shadow_mode_counts_and_changes_nothing[recompute]",
+    "test_a_bad_request_harms_no_other",
+    "test_measured_steps_stay_inside_the_model_length",
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "tests"),
+    [
+        ("test_early_exit.py", EXITS),
+        ("test_early_exit.py", ["test_two_ranks[rate-recompute]"]),
+        ("test_off.py", ["test_a_trivial_plan_is_the_stock_model[Llama]"]),
+        ("test_layer_parallel_logits.py", ["test_one_rank[Llama-bypass1]"]),
+    ],
+    ids=["exits", "two-ranks", "off", "groups"],
+)
+def test_on_runner_v2(module: str, tests: list[str]) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(INTERPRETER), os.environ.get("PYTHONPATH", "")]),
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+    }
+    ids = [f"{HERE / module}::{test}" for test in tests]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ids],
+        cwd=HERE.parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
+    assert re.search(rf"^{len(tests)} passed", ran.stdout, re.MULTILINE)
+
+
+def test_the_environment_selects_it() -> None:
+    """Without, the tests above would run on V1 and prove nothing."""
+    code = "from vllm.config import VllmConfig; print(VllmConfig().use_v2_model_runner)"
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {**os.environ, "PYTHONPATH": str(INTERPRETER), "TRITON_INTERPRET": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert ran.stdout.split()[-1] == "True", ran.stderr[-2000:]
