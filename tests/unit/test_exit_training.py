@@ -23,6 +23,10 @@ from vllm_effplugin.techniques.early_exit.training import (
 )
 
 TOKENS = torch.randint(3, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+STARTS = torch.zeros_like(TOKENS, dtype=torch.bool)
+STARTS[:, 0] = STARTS[::2, 9] = True  # every other sequence has two documents
+POSITIONS = torch.arange(24).repeat(6, 1)
+POSITIONS[::2, 9:] -= 9
 DEPTHS = (4, 9)
 
 
@@ -38,8 +42,8 @@ def make_exits(gate: str = "linear", adapter: str = "none", model: Any = None) -
 def test_features_are_the_residual_stream(tiny, family):
     """As Hugging Face reports it behind each layer."""
     model = load_model(tiny(family))
-    features = capture(model, TOKENS, DEPTHS, "fp32", batch=4)
-    states = model(TOKENS, output_hidden_states=True, use_cache=False)
+    features = capture(model, TOKENS, STARTS, DEPTHS, "fp32", batch=4)
+    states = model(TOKENS, position_ids=POSITIONS, output_hidden_states=True, use_cache=False)
     for index, depth in enumerate(DEPTHS):
         torch.testing.assert_close(
             features.exits[index].float(), states.hidden_states[depth], rtol=1e-2, atol=1e-2
@@ -50,7 +54,7 @@ def test_features_are_the_residual_stream(tiny, family):
 
 def test_verdicts_are_those_of_the_logits(tiny):
     model = load_model(tiny())
-    features = capture(model, TOKENS, DEPTHS, "fp32")
+    features = capture(model, TOKENS, STARTS, DEPTHS, "fp32")
     hidden, final = features.exits.flatten(1, 2), features.final.flatten(0, 1)
     exits = make_exits(adapter="linear")
     with torch.no_grad():
@@ -70,13 +74,14 @@ def test_verdicts_are_those_of_the_logits(tiny):
 def test_a_block_is_a_layer_behind_the_exit(tiny):
     """Until it is trained: the last layer, run on the exit's states; sequences stay apart."""
     model = load_model(tiny())
-    features = capture(model, TOKENS, DEPTHS, "fp32")
+    features = capture(model, TOKENS, STARTS, DEPTHS, "fp32")
     exits = make_exits(adapter="block", model=model)
     ours = Trainer(model, TrainSettings()).verdicts(exits, features)
     decoder = Decoder(model)
     for states, verdict in zip(features.exits, ours, strict=True):
         for row, hidden in enumerate(states.float().split(1)):
-            hidden = decoder.run_layers([11], hidden, decoder.context(hidden))
+            context = decoder.context(hidden, STARTS[row : row + 1])
+            hidden = decoder.run_layers([11], hidden, context)
             probability = decoder.logits(hidden)[0].softmax(-1).amax(-1)
             part = verdict.probability.view(TOKENS.shape)[row]
             torch.testing.assert_close(part, probability, rtol=1e-4, atol=1e-5)
@@ -94,10 +99,10 @@ def test_distillation_improves_on_the_start(tiny, kind):
     """Which is least squares for a linear map, and the last layer for a block."""
     model = load_model(tiny())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    features = capture(model, TOKENS, DEPTHS, "fp32")
+    features = capture(model, TOKENS, STARTS, DEPTHS, "fp32")
     settings = TrainSettings(adapter_tokens=144 * 60, batch=72, adapter_rate=3e-3)
     exit = make_exits(adapter=kind, model=model)[1]
-    losses = Trainer(model, settings).fit_adapter(exit, features.exits[1], features.final)
+    losses = Trainer(model, settings).fit_adapter(exit, 1, features)
     assert len(losses) == 120
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())

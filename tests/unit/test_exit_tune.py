@@ -17,6 +17,7 @@ from vllm_effplugin.techniques.early_exit.tune import (
 )
 
 TOKENS = torch.randint(3, 256, (8, 24), generator=torch.Generator().manual_seed(0))
+STARTS = torch.zeros_like(TOKENS, dtype=torch.bool)
 DEPTHS = (4, 9)
 
 
@@ -44,7 +45,7 @@ def test_the_schedules_are_the_papers():
 def test_exits_come_closer_and_the_model_stays(tiny, train):
     original = load_model(tiny())
     settings = TuneSettings(tokens=24 * 4 * 60, train=train, learning_rate=1e-3, layer_dropout=0.1)
-    tuner = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS)
+    tuner = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS, STARTS)
     tuner.train()
     tuned = tuner.finish().float().eval()
     for depth in DEPTHS:
@@ -59,10 +60,10 @@ def test_exits_come_closer_and_the_model_stays(tiny, train):
 
 def test_an_interrupted_tuning_resumes_to_the_same_weights(tiny, tmp_path):
     settings = TuneSettings(tokens=24 * 4 * 6, train="full", layer_dropout=0.3)
-    whole = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS)
+    whole = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS, STARTS)
     whole.train()
-    Tuner(load_model(tiny()), DEPTHS, settings, TOKENS).train(tmp_path, stop_after=2)
-    resumed = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS)
+    Tuner(load_model(tiny()), DEPTHS, settings, TOKENS, STARTS).train(tmp_path, stop_after=2)
+    resumed = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS, STARTS)
     resumed.train(tmp_path)
     assert resumed.losses == whole.losses
     for name, value in whole.finish().state_dict().items():
@@ -73,7 +74,7 @@ def test_the_loss_is_the_weighted_sum(tiny):
     """Without dropout, against the divergences worked out apart."""
     original = load_model(tiny())
     settings = TuneSettings(tokens=24, train="full", layer_dropout=0.0)
-    tuner = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS)
+    tuner = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS, STARTS)
     with torch.no_grad():
         for parameter in tuner.trainable.values():
             parameter.mul_(1.05)
@@ -90,7 +91,7 @@ def test_the_loss_is_the_weighted_sum(tiny):
 def test_dropped_layers_are_left_out_sequence_by_sequence(tiny):
     """With a layer dropped for one sequence, that one alone passes it unchanged."""
     settings = TuneSettings(tokens=24, train="full", layer_dropout=0.5)
-    tuner = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS)
+    tuner = Tuner(load_model(tiny()), DEPTHS, settings, TOKENS, STARTS)
     chance = torch.Generator().manual_seed(3)
     draws = torch.rand(8, generator=chance.clone_state())
     hidden, context = tuner._tuned.embed(TOKENS)

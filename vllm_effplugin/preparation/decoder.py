@@ -31,18 +31,31 @@ class Decoder:
         self.decoder = model.model
         self.layers: nn.ModuleList = self.decoder.layers
 
-    def embed(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def embed(
+        self, input_ids: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Embed `[B, S]` token ids; sequences are full, unpadded and start at position 0.
+
+        Args:
+            starts: as in `context`.
 
         Returns:
             hidden states `[B, S, d]`, and the arguments that every layer's attention takes.
         """
         hidden = self.decoder.embed_tokens(input_ids)
-        return hidden, self.context(hidden)
+        return hidden, self.context(hidden, starts)
 
-    def context(self, hidden: Tensor) -> dict[str, Any]:
-        """The arguments that attention takes on `[B, S, d]` hidden states of whole sequences."""
+    def context(self, hidden: Tensor, starts: Tensor | None = None) -> dict[str, Any]:
+        """The arguments that attention takes on `[B, S, d]` hidden states of whole sequences.
+
+        Args:
+            starts: `[B, S]`, where a document starts in a packed sequence. Positions count from
+                there, and attention does not reach beyond it. Without, a sequence is one document.
+        """
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        if starts is not None and starts[:, 1:].any():
+            first = torch.where(starts.to(hidden.device), positions, 0).cummax(-1).values
+            positions = positions - first
         mask = create_causal_mask(
             config=self.model.config,
             inputs_embeds=hidden,

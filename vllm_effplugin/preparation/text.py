@@ -40,13 +40,22 @@ OPENINGS = (
     "What is",
 )
 
+DOCUMENT_END = "\n\n"
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids `[N, S]` to search and train on, and others `[M, S]` to report quality on."""
+    """Token ids `[N, S]` to search and train on, and others `[M, S]` to report quality on.
+
+    Attributes:
+        train_starts, held_out_starts: where a document starts, of the same shapes: sequences are
+            packed, so that a document may start or end anywhere in one.
+    """
 
     train: Tensor
     held_out: Tensor
+    train_starts: Tensor
+    held_out_starts: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,12 @@ def from_file(path: Path, tokenizer: Any, shape: TextShape, seed: int) -> Calibr
     Raises:
         ConfigError: for a file that is missing, malformed or too short.
     """
-    text = read_text(path)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = []
+    starts: list[bool] = []
+    for document in read_documents(path):
+        own = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += own
+        starts += [index == 0 for index in range(len(own))]
     windows = len(ids) // shape.sequence_length
     needed = shape.at_least + shape.held_out
     if windows < needed:
@@ -78,11 +91,12 @@ def from_file(path: Path, tokenizer: Any, shape: TextShape, seed: int) -> Calibr
             f"--text {path} is too short: {len(ids)} tokens, at least "
             f"{needed * shape.sequence_length} are needed"
         )
-    tokens = torch.tensor(ids[: windows * shape.sequence_length])
-    tokens = tokens.view(windows, shape.sequence_length)
+    whole = windows * shape.sequence_length
+    tokens = torch.tensor(ids[:whole]).view(windows, -1)
+    begins = torch.tensor(starts[:whole]).view(windows, -1)
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-    held_out, rest = order[: shape.held_out], order[shape.held_out :]
-    return Calibration(tokens[rest[: shape.train]], tokens[held_out])
+    held_out, train = order[: shape.held_out], order[shape.held_out :][: shape.train]
+    return Calibration(tokens[train], tokens[held_out], begins[train], begins[held_out])
 
 
 def generated(model: Path, tokenizer: Any, shape: TextShape, seed: int) -> Calibration:
@@ -94,11 +108,23 @@ def generated(model: Path, tokenizer: Any, shape: TextShape, seed: int) -> Calib
     prompts = _prompts(tokenizer, shape.held_out + shape.train, seed)
     rows = run_with_engine(_generate, str(model), prompts, shape.sequence_length, seed)
     tokens = torch.tensor(rows)
-    return Calibration(tokens[shape.held_out :], tokens[: shape.held_out])
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 0] = True
+    count = shape.held_out
+    return Calibration(tokens[count:], tokens[:count], starts[count:], starts[:count])
 
 
 def read_text(path: Path) -> str:
-    """The text of a `.txt` or `.jsonl` file, documents of the latter a blank line apart.
+    """The text of a `.txt` or `.jsonl` file.
+
+    Raises:
+        ConfigError: for a file that is missing or malformed.
+    """
+    return "".join(read_documents(path)).removesuffix(DOCUMENT_END)
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a `.jsonl` file, each but a `.txt` file's only one with a blank line behind.
 
     Raises:
         ConfigError: for a file that is missing or malformed.
@@ -108,18 +134,18 @@ def read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--text {path} cannot be read: {error}") from None
     if path.suffix != ".jsonl":
-        return text
+        return [text]
     documents = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)["text"]))
+            documents.append(str(json.loads(line)["text"]) + DOCUMENT_END)
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
                 f"--text {path}, line {number}: not a JSON object with a `text` field"
             ) from None
-    return "\n\n".join(documents)
+    return documents
 
 
 def _prompts(tokenizer: Any, count: int, seed: int) -> list[list[int]]:

@@ -28,22 +28,30 @@ class Features:
     Attributes:
         exits: `[E, M, S, d]` behind the layer before each exit.
         final: `[M, S, d]` behind the last layer, before the final norm.
+        starts: `[M, S]` where a document starts.
     """
 
     exits: Tensor
     final: Tensor
+    starts: Tensor
 
     def __getitem__(self, sequences: slice) -> Features:
-        return Features(self.exits[:, sequences], self.final[sequences])
+        return Features(self.exits[:, sequences], self.final[sequences], self.starts[sequences])
 
 
 @torch.inference_mode()
 def capture(
-    model: Any, tokens: Tensor, depths: Sequence[int], precision: Precision, batch: int = 4
+    model: Any,
+    tokens: Tensor,
+    starts: Tensor,
+    depths: Sequence[int],
+    precision: Precision,
+    batch: int = 4,
 ) -> Features:
     """Run the model on `[M, S]` token ids.
 
     Args:
+        starts: where a document starts among them.
         depths: layers before each exit.
         batch: sequences at a time.
     """
@@ -56,7 +64,7 @@ def capture(
         for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)
             with autocast(model.device, precision):
-                hidden, context = decoder.embed(tokens[part].to(model.device))
+                hidden, context = decoder.embed(tokens[part].to(model.device), starts[part])
                 states = []
                 for first, last in itertools.pairwise(boundaries):
                     hidden = decoder.run_layers(range(first, last), hidden, context)
@@ -65,4 +73,4 @@ def capture(
                 exits[exit, part] = state.to("cpu", torch.bfloat16)
             final[part] = states[-1].to("cpu", torch.bfloat16)
             bar.update(tokens[part].numel())
-    return Features(exits, final)
+    return Features(exits, final, starts)

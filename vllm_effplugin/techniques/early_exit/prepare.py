@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -323,8 +323,9 @@ def _tune(
         return folder, result
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(model).to(device)
-    before = capture(loaded, text.held_out, depths, "fp32").final
-    tuner = Tuner(loaded, depths, settings, text.train.to(device))
+    held_out = (text.held_out, text.held_out_starts, depths, "fp32")
+    before = capture(loaded, *held_out).final
+    tuner = Tuner(loaded, depths, settings, text.train.to(device), text.train_starts)
     tuner.train(work.folder)
     tuned = tuner.finish().eval()
     tuned.to(dtype)
@@ -334,7 +335,7 @@ def _tune(
     for source in model.iterdir():  # the tokenizer, and whatever else stands beside the weights
         if source.is_file() and source.suffix != ".safetensors" and source.name not in SAVED:
             shutil.copy2(source, folder / source.name)
-    after = capture(tuned.float(), text.held_out, depths, "fp32").final
+    after = capture(tuned.float(), *held_out).final
     same = Trainer(tuned, TrainSettings()).same_token(before.flatten(0, 1), after.flatten(0, 1))
     result = Tuning(agreement=same, loss=_thinned(tuner.losses), seconds=round(tuner.seconds, 1))
     work.save_result("tuned", result)
@@ -372,13 +373,22 @@ def _train(
             )
             for point in config.exits
         ]
-        held = _captured(loaded, text.held_out, depths, "features-held-out", request, work)
-        whole = _captured(loaded, text.train, depths, "features-train", request, work)
+        precision = request.train.precision
+        held = _captured(
+            "features-held-out",
+            work,
+            lambda: capture(loaded, text.held_out, text.held_out_starts, depths, precision),
+        )
+        whole = _captured(
+            "features-train",
+            work,
+            lambda: capture(loaded, text.train, text.train_starts, depths, precision),
+        )
         part = max(1, int(len(text.train) * CHOOSING_SHARE))
         train, choose = whole[part:], whole[:part]
         trainer = Trainer(loaded, request.train)
         for index, exit in enumerate(exits):
-            curve = trainer.fit_adapter(exit, train.exits[index], train.final)
+            curve = trainer.fit_adapter(exit, index, train)
             if exit.adapter is not None:
                 losses[f"adapter {depths[index]}"] = _thinned(curve)
                 exit.adapter.to(dtype).float()  # judged as it will be stored
@@ -399,20 +409,13 @@ def _train(
     return tensors, samples[0], samples[1], losses
 
 
-def _captured(
-    model: Any,
-    tokens: Tensor,
-    depths: Sequence[int],
-    stage: str,
-    request: PrepareRequest,
-    work: WorkDirectory,
-) -> Features:
+def _captured(stage: str, work: WorkDirectory, run: Callable[[], Features]) -> Features:
     kept = work.tensors(stage)
-    if kept is None:
-        features = capture(model, tokens, depths, request.train.precision)
-        work.save_tensors(stage, vars(features))
-        return features
-    return Features(**kept)
+    if kept is not None:
+        return Features(**kept)
+    features = run()
+    work.save_tensors(stage, vars(features))
+    return features
 
 
 def _judge(trainer: Trainer, exits: Sequence[Exit], features: Features) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ class Trainer:
 
     # --- Adapters --------------------------------------------------------------------------------
 
-    def fit_adapter(self, exit: Exit, hidden: Tensor, final: Tensor) -> list[float]:
+    def fit_adapter(self, exit: Exit, index: int, features: Features) -> list[float]:
         """Fit an exit's adapter, if it has one: KL(oracle || exit), from a start that is close.
 
         A linear map starts from least squares on the final state; a block is a copy of a layer, as
@@ -88,7 +88,7 @@ class Trainer:
 
         Args:
             exit: its adapter is changed in place.
-            hidden, final: `[M, S, d]` states at the exit and behind the last layer.
+            index: of the exit among the features'.
 
         Returns:
             the KL of each step, in nats per token.
@@ -96,17 +96,20 @@ class Trainer:
         if exit.adapter is None:
             return []
         exit.adapter.float().to(self._device)
+        hidden, final = features.exits[index], features.final
+        starts: Tensor | None = features.starts
         size = 1  # tokens of a unit that batches are drawn from: a block needs whole sequences
         if isinstance(exit.adapter, LinearAdapter):
-            hidden, final = hidden.flatten(0, 1), final.flatten(0, 1)
+            hidden, final, starts = hidden.flatten(0, 1), final.flatten(0, 1), None
             with torch.no_grad():
                 exit.adapter.correction.weight.copy_(ridge(hidden, final))
         else:
             size = hidden.shape[1]
 
         def loss(rows: Tensor) -> Tensor:
-            adapted = self._adapted(exit, hidden[rows]).flatten(0, -2)
-            oracle = self._norm(final[rows].to(self._device).float()).flatten(0, -2)
+            begins = None if starts is None else starts[rows]
+            adapted = self._adapted(exit, hidden[rows], begins).flatten(0, -2)
+            oracle = self._norm_of(final[rows]).flatten(0, -2)
             return HeadDivergence.apply(adapted, oracle, self._head)
 
         settings = self._settings
@@ -117,13 +120,17 @@ class Trainer:
         steps = settings.adapter_tokens // (batch * size)
         return self._descend(optimizer, loss, len(hidden), batch, steps, "adapter")
 
-    def _adapted(self, exit: Exit, states: Tensor) -> Tensor:
-        """The final norm's output in fp32, from `[..., d]` states; from `[B, S, d]` for a block."""
+    def _adapted(self, exit: Exit, states: Tensor, starts: Tensor | None) -> Tensor:
+        """The final norm's output in fp32, from `[..., d]` states; from `[B, S, d]` for a block.
+
+        Args:
+            starts: `[B, S]` where documents start, for a block.
+        """
         states = states.to(self._device).float()
         if exit.block is None:
             return self._norm(exit.adapt(states))
         with autocast(self._device, self._settings.precision):
-            states = run_layer(exit.block, states, self._decoder.context(states))
+            states = run_layer(exit.block, states, self._decoder.context(states, starts))
         return self._norm(states.float())
 
     # --- Verdicts --------------------------------------------------------------------------------
@@ -141,9 +148,10 @@ class Trainer:
             for start in range(0, sequences, step):
                 chosen = slice(start, start + step)
                 part = slice(start * length, min(start + step, sequences) * length)
-                best = self._logits(features.final[chosen]).topk(self._settings.top_k).indices
+                some = features[chosen]
+                best = self._logits(self._norm_of(some.final)).topk(self._settings.top_k).indices
                 for index, exit in enumerate(exits):
-                    logits = self._logits(features.exits[index, chosen], exit)
+                    logits = self._logits(self._adapted(exit, some.exits[index], some.starts))
                     top, token = logits.max(-1)
                     probability[index, part] = (top - logits.logsumexp(-1)).exp().cpu()
                     agrees[index, part] = (token == best[:, 0]).cpu()
@@ -155,17 +163,19 @@ class Trainer:
     def same_token(self, one: Tensor, other: Tensor) -> float:
         """Share of tokens whose most likely successor is the same under two final states."""
         same = sum(
-            int((self._logits(a).argmax(-1) == self._logits(b).argmax(-1)).sum())
+            int((self._best(a) == self._best(b)).sum())
             for a, b in zip(one.split(HEAD_CHUNK), other.split(HEAD_CHUNK), strict=True)
         )
         return same / len(one)
 
-    def _logits(self, states: Tensor, exit: Exit | None = None) -> Tensor:
-        """`[N, V]` in fp32 from `[N, d]` states, or from `[M, S, d]`."""
-        if exit is None:
-            normed = self._norm(states.to(self._device).float())
-        else:
-            normed = self._adapted(exit, states)
+    def _best(self, states: Tensor) -> Tensor:
+        return self._logits(self._norm_of(states)).argmax(-1)
+
+    def _norm_of(self, states: Tensor) -> Tensor:
+        return self._norm(states.to(self._device).float())
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        """`[N, V]` in fp32 from `[..., d]` outputs of the final norm, `N` tokens in all."""
         return (normed.flatten(0, -2).to(self._head.dtype) @ self._head.T).float()
 
     # --- Gates -----------------------------------------------------------------------------------

@@ -49,12 +49,19 @@ class Tuner(WindowTrainer):
         depths: layers before each exit.
         settings: how to train.
         tokens: `[N, S]` training token ids.
+        starts: `[N, S]` where a document starts among them.
     """
 
     def __init__(
-        self, model: Any, depths: Sequence[int], settings: TuneSettings, tokens: Tensor
+        self,
+        model: Any,
+        depths: Sequence[int],
+        settings: TuneSettings,
+        tokens: Tensor,
+        starts: Tensor,
     ) -> None:
         super().__init__(settings, tokens, "tuning")
+        self._starts = starts
         self._settings = settings
         compute = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         model.to(compute).requires_grad_(False)
@@ -77,15 +84,15 @@ class Tuner(WindowTrainer):
         """The weighted loss, and the last layer's share of it in nats."""
         device = self.tokens.device
         chance = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + self.step)
-        ids = self.tokens[rows]
+        ids, starts = self.tokens[rows], self._starts[rows]
         with autocast(device, self._settings.precision):
             with torch.no_grad():
-                target, context = self._original.embed(ids)
+                target, context = self._original.embed(ids, starts)
                 target = self._original.run_layers(
                     range(len(self._original.layers)), target, context
                 )
                 target = self._original.decoder.norm(target).flatten(0, 1)
-            hidden, context = self._tuned.embed(ids)
+            hidden, context = self._tuned.embed(ids, starts)
             states = []
             for first, last in self._segments:
                 hidden = self._run(range(first, last), hidden, context, chance)
