@@ -191,6 +191,7 @@ def prepare_trained(smollm2: Path, agreement: str) -> None:
     if not (out / "config.json").exists():
         command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "early-exit"]
         command += [str(smollm2), str(out), "--min-agreement", agreement]
+        command += ["--text-tokens", "40960", "--held-out-tokens", "24576"]
         subprocess.run(command, check=True)
 
 

@@ -345,6 +345,32 @@ def test_exact_requests_never_see_approximate_entries(tiny, policy):
     assert replay.difference(written, tokens, logits, events) <= TOLERANCE
 
 
+@pytest.mark.parametrize("policy", ["propagate", "copy"])
+def test_blocks_that_are_shared_are_whole(tiny, policy):
+    """Entries of tokens that left are in the cache when their block is full, read or not."""
+    block = {"exits": ALL, "cache": policy, "max_pending": 64}
+    prompt = prompts()[4]
+    with exiting(tiny(), block=block, num_gpu_blocks_override=200) as (llm, trace):
+        tokens = 2 + (-len(prompt)) % 32 + 32  # ends two positions into a block
+        [first] = ask(llm, [prompt], {}, max_tokens=tokens)
+        [happened] = trace.take()
+        written = prompt + list(first.outputs[0].token_ids)
+        before = counters(llm)["vllm:prefix_cache_hits"]
+        [second] = ask(llm, [written], {}, max_tokens=1, logprobs=-1)
+        shared = int(counters(llm)["vllm:prefix_cache_hits"] - before)
+    assert shared >= len(prompt) + 32
+    replay = Replay(tiny(), block)
+    sequence = ReferenceSequence(replay.model, replay.config, replay.exits)
+    for start, length, exit in [(0, len(prompt), -1), *(e for e in happened if e[2] >= 0)]:
+        if exit < 0:
+            sequence.run(written[start : start + length], start)
+        else:
+            sequence.leave(written[start], start, exit)
+    expected = sequence.run(written[shared:], shared)[-1]
+    [logits] = step_logits(second.outputs[0])
+    assert (expected - logits).abs().max() <= TOLERANCE
+
+
 def test_several_samples_of_one_prompt(tiny):
     """They share the prompt's blocks and leave at exits of their own."""
     block = {"exits": SOME, "cache": "recompute"}
