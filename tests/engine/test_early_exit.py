@@ -299,18 +299,19 @@ def ask(llm: Any, requests: list[list[int]], *asked: dict[str, Any], **fields: A
 
 
 @pytest.mark.parametrize(
-    ("exits", "policy"),
+    ("exits", "policy", "compaction"),
     [
-        (SOME, "recompute"),
-        (SOFTMAX, "recompute"),
-        (SOME, "propagate"),
-        (WITH_BLOCKS, "propagate"),
+        (SOME, "recompute", "always"),
+        (SOME, "recompute", "auto"),
+        (SOFTMAX, "recompute", "always"),
+        (SOME, "copy", "always"),
+        (WITH_BLOCKS, "propagate", "always"),
     ],
-    ids=["rate-recompute", "softmax-recompute", "rate-propagate", "blocks-propagate"],
+    ids=["rate-recompute", "auto", "softmax-recompute", "rate-copy", "blocks-propagate"],
 )
-def test_two_ranks(tiny, tmp_path, exits, policy):
+def test_two_ranks(tiny, tmp_path, exits, policy, compaction):
     """Both ranks take the first one's decisions; what they are is worked out apart."""
-    block = {"exits": exits, "cache": policy, "compaction": "always", "max_pending": 5}
+    block = {"exits": exits, "cache": policy, "compaction": compaction, "max_pending": 5}
     replay = Replay(tiny(), block)
     checkpoint = replay.write(tiny(), tmp_path / "exits")
     options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}

@@ -81,9 +81,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             vllm_config.parallel_config.worker_cls = EXIT_WORKER
             early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
             assert early_exit is not None
-            salts = early_exit.cache != "recompute" or early_exit.has_blocks
-            if salts and vllm_config.cache_config.enable_prefix_caching:
-                vllm_config.scheduler_config.scheduler_cls = EXIT_SCHEDULER
+            vllm_config.scheduler_config.scheduler_cls = EXIT_SCHEDULER
             processors = vllm_config.model_config.logits_processors or []
             params = VERIFYING_EXIT_PARAMS if _verifies(vllm_config) else EXIT_PARAMS
             if vllm_config.use_v2_model_runner:

@@ -309,6 +309,9 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.v1.core.sched.output", "NewRequestData", "the rows of runner V2", ("req_id",)),
     Interface(
+        "vllm.v1.worker.gpu.model_states", "resolve_model_state_cls", "the rows of runner V2"
+    ),
+    Interface(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner._dummy_run",
         "measuring costs",

@@ -28,6 +28,9 @@ class _SaltedRequests:
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
+        if request.resumable and params is not None:
+            # A session that goes on with further input keeps its cache, which must owe nothing.
+            params.extra_args = {**(params.extra_args or {}), "exit": False}
         policy = cache_policy(self._early_exit, params.extra_args if params else None)
         if policy is not None and request.request_id not in self.requests:  # type: ignore[attr-defined]
             request.cache_salt = f"{request.cache_salt or ''}|{policy}"

@@ -13,6 +13,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_effplugin.engine.admission import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
 from vllm_effplugin.engine.v1_rows import V1Rows
+from vllm_effplugin.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,6 +45,11 @@ class EffpluginCPUWorker(CPUWorker):
             model = self.model_runner.get_model()
             self._v1_rows = V1Rows(self.model_runner, model.admit_request, model.release_request)
             model.attach(self._v1_rows)
+        elif not self._exits.attached:
+            raise UnsupportedError(
+                "vLLM's model runner V2 did not ask the model for its state, without which tokens "
+                "cannot leave early: `effplugin doctor` names what changed in vLLM"
+            )
 
     def take_draft_token_ids(self) -> Any:
         # Runner V1: where a request comes near the model's length limit, it does not draft and

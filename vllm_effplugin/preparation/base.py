@@ -18,6 +18,9 @@ from vllm_effplugin.preparation.workdir import WorkDirectory
 
 logger = logging.getLogger(__name__)
 
+WORK_LAYOUT = 2
+"""Of the files in a work directory; one of another layout is not resumed."""
+
 
 def check_base(model: Path, sequence_length: int) -> int:
     """Refuse what cannot be prepared; the number of layers otherwise.
@@ -66,7 +69,13 @@ def fingerprint(model: Path, text: Path | None, request: dict[str, Any]) -> dict
     digest = None
     if text is not None and text.is_file():
         digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    return {"model": str(model.resolve()), "files": stats, "text": digest, "request": request}
+    return {
+        "layout": WORK_LAYOUT,
+        "model": str(model.resolve()),
+        "files": stats,
+        "text": digest,
+        "request": request,
+    }
 
 
 def load_tokenizer(model: Path) -> Any:

@@ -120,7 +120,8 @@ def read_text(path: Path) -> str:
     Raises:
         ConfigError: for a file that is missing or malformed.
     """
-    return "".join(read_documents(path)).removesuffix(DOCUMENT_END)
+    text = "".join(read_documents(path))
+    return text.removesuffix(DOCUMENT_END) if path.suffix == ".jsonl" else text
 
 
 def read_documents(path: Path) -> list[str]:

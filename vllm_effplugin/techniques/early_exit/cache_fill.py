@@ -119,8 +119,8 @@ class PendingFills:
             )
         self._count[slots] = 0
 
-    def end_step(self, slots: np.ndarray) -> None:
-        """The step is over: leave no room and no block full of what waits.
+    def keep_room(self, slots: np.ndarray) -> None:
+        """Leave no room and no block full of what waits.
 
         Args:
             slots: the step's requests. All of them are written where one has to be: it costs

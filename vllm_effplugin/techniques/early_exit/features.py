@@ -3,7 +3,7 @@
 Under `recompute` the cache is exact, so that the states which an engine sees at an exit are these,
 whatever left before.
 
-Shapes: `M` sequences, `S` positions, `d` hidden size, `E` exits, `N` = `M * S` tokens.
+Shapes: `M` sequences, `S` positions, `d` hidden size, `E` exits.
 """
 
 from __future__ import annotations

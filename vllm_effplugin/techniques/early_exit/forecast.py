@@ -65,14 +65,15 @@ class Machine(BaseModel):
         The block of an exit that is left out is taken to have cost what a layer before it did.
         """
         segments = np.array(self.segments)
-        # Measured apart from each other, and the second computes all that the first does.
-        whole = np.maximum(self.plain, self.whole)
+        whole = np.array(self.whole)
         layers = np.diff([0, *self.depths])
         for index in np.flatnonzero(self.blocks):
             if index not in kept:
                 block = segments[index] / (layers[index] + 1)
                 segments[index] -= block
                 whole -= block
+        # Measured apart from each other, and it computes all that the stack without exits does.
+        whole = np.maximum(self.plain, whole)
         columns: list[Column] = []
         start = 0
         for end in [*(index + 1 for index in kept), len(segments)]:

@@ -1,10 +1,11 @@
 """The stack with exits.
 
 A token whose gate fires takes its logits from that exit, always: what is generated depends on the
-request alone. Whether the layers behind the exit then run without it is a matter of cost only, and
-decided twice. Before a step, the stack runs as one graph where leaving would save nothing; that
-graph returns the hidden states at the exits too, so that gates fire the same. At an exit, the
-batch is cut where the rows that leave are worth it (`step.py`).
+request alone (but for preemption: what a request had generated runs again as a prompt, and the last
+of it gives the full model's token). Whether the layers behind the exit then run without it is a
+matter of cost only, and decided twice. Before a step, the stack runs as one graph where leaving
+would save nothing; that graph returns the hidden states at the exits too, so that gates fire the
+same. At an exit, the batch is cut where the rows that leave are worth it (`step.py`).
 """
 
 from __future__ import annotations
@@ -183,6 +184,11 @@ class ExitLoop:
             )
             self.counters = publish(path, len(self.exits))
             weakref.finalize(self, path.unlink, missing_ok=True)
+
+    @property
+    def attached(self) -> bool:
+        """Whether a runner shows its rows."""
+        return self._source is not None
 
     def admit(self, slot: int, extra_args: Mapping[str, Any] | None) -> None:
         """A request takes a slot. Its wishes were checked when it arrived."""
@@ -380,7 +386,9 @@ class ExitLoop:
         """What was measured, as JSON: a `forecast.Machine` but for its `steps`."""
         costs = self.costs
         if costs is None:
-            raise UnsupportedError("no costs were measured: too few tokens fit a batch")
+            raise UnsupportedError(
+                "no costs were measured: too few tokens fit a batch, or `compaction` is `always`"
+            )
         return {
             "sizes": list(costs.whole.sizes),
             "plain": self._plain_seconds,

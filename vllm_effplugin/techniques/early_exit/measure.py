@@ -55,7 +55,7 @@ class Rehearsal:
             self.fills = [
                 self._fill_seconds(exit, output, positions) for exit in range(len(loop.exits))
             ]
-        if 1 < step.common.num_reqs == len(positions):
+        if 1 < step.common.num_reqs == len(positions) <= CUTTING_ROWS:
             self.overhead = self._cutting_seconds(step, input_ids, positions, output)
         return output
 
@@ -72,7 +72,7 @@ class Rehearsal:
             lambda: first(positions, hidden, None),
             *(lambda part=part: part(positions, hidden, hidden) for part in others),
         ]
-        (head_seconds, stack), (_, whole), (_, *segments) = _best_times(
+        (head_seconds, stack), (_, whole), (_, *segments) = self._best_times(
             [plain, as_one, in_segments], positions.device
         )
         return [head_seconds, stack, whole, *segments]
@@ -88,7 +88,7 @@ class Rehearsal:
         def run() -> None:
             fill.write(exit, fill.sources(exit, hidden, indices), positions, slots)
 
-        return _best_times([[run]], positions.device)[0][0]
+        return self._best_times([[run]], positions.device)[0][0]
 
     def _cutting_seconds(
         self, step: Step, input_ids: Tensor | None, positions: Tensor, hidden: Tensor
@@ -104,13 +104,42 @@ class Rehearsal:
             return StepRun(loop, step, rows, rows.decodes, thresholds, input_ids, positions)
 
         with _without_layers(loop, hidden):
-            [[cut], [whole]] = _best_times(
+            [[cut], [whole]] = self._best_times(
                 [[lambda: run().in_segments(hidden)], [lambda: run().as_one(None)]],
                 positions.device,
             )
         for slot in range(count):
             loop.ledger.open(slot)
         return max(0.0, cut - whole)
+
+    def _best_times(
+        self, steps: Sequence[Sequence[Callable[[], Any]]], device: torch.device
+    ) -> list[list[float]]:
+        """The shortest time of each call.
+
+        Args:
+            steps: calls that follow each other. A step is repeated before the next one's turn, and
+                its first time does not count, so that caches hold what they hold in a run of such
+                steps; the steps take turns, so that a drift falls on all alike.
+        """
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        best = [[np.inf] * len(calls) for calls in steps]
+        end = time.perf_counter() + MEASURING_SECONDS
+        for round in range(MEASURING_ROUNDS):
+            # All ranks go on or none does: the calls have collectives in them.
+            if round and self._loop.agreed(np.array([time.perf_counter() > end]))[0]:
+                break
+            for index, calls in enumerate(steps):
+                for repeat in range(REPEATS):
+                    for place, call in enumerate(calls):
+                        synchronize()
+                        start = time.perf_counter()
+                        call()
+                        synchronize()
+                        if repeat:
+                            taken = time.perf_counter() - start
+                            best[index][place] = min(best[index][place], taken)
+        return best
 
 
 @contextmanager
@@ -133,32 +162,3 @@ def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
         yield
     finally:
         loop.segments, loop.whole, loop.fills, loop.counters, loop.shadow = kept
-
-
-def _best_times(
-    steps: Sequence[Sequence[Callable[[], Any]]], device: torch.device
-) -> list[list[float]]:
-    """The shortest time of each call.
-
-    Args:
-        steps: calls that follow each other. A step is repeated before the next one's turn, and its
-            first time does not count, so that caches hold what they hold in a run of such steps;
-            the steps take turns, so that a drift falls on all alike.
-    """
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best = [[np.inf] * len(calls) for calls in steps]
-    end = time.perf_counter() + MEASURING_SECONDS
-    for round in range(MEASURING_ROUNDS):
-        if round >= 1 and time.perf_counter() > end:
-            break
-        for index, calls in enumerate(steps):
-            for repeat in range(REPEATS):
-                for place, call in enumerate(calls):
-                    synchronize()
-                    start = time.perf_counter()
-                    call()
-                    synchronize()
-                    if repeat:
-                        taken = time.perf_counter() - start
-                        best[index][place] = min(best[index][place], taken)
-    return best

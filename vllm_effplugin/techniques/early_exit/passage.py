@@ -1,6 +1,6 @@
 """One step's way through the exits, on the host: who fires, who leaves, what joins.
 
-Nothing here touches a tensor, so that a preparation can play a step through (`simulation.py`) by
+Nothing here touches a tensor, so that a preparation can play a step through (`forecast.py`) by
 the very rules that the engine follows (`step.py`).
 
 A row is one request of the step; its tokens end at its last position. Arrays have one entry per

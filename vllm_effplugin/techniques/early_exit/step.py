@@ -84,7 +84,7 @@ class StepRun:
         )
         self._scheduled = self.passage.batch
         self.decoding = int(np.count_nonzero(decodes))
-        # Entries of tokens that skip layers, added when the step is over: what runs all layers to
+        # Entries of tokens that skip layers, added when they run no more: what runs all layers to
         # be compared has to be overwritten.
         self._skipped: list[tuple[int, np.ndarray, tuple[Tensor, ...], Tensor]] = []
         loop.counters.add("decoded", self.decoding)
@@ -95,12 +95,12 @@ class StepRun:
     def as_one(self, inputs_embeds: Tensor | None) -> Tensor:
         """Run everything for every row. No token of theirs may be waiting."""
         loop = self._loop
+        if loop.fills is not None:
+            loop.fills.write(self.rows.slots)
         if not (self.decoding or loop.needs_blocks):
             loop.counters.add("layer_tokens", self.passage.tokens * loop.num_layers)
             return loop.plain(self._input_ids, self._positions, inputs_embeds)
         loop.counters.add("layer_tokens", self.passage.tokens * loop.layers_to_end)
-        if loop.fills is not None:
-            loop.fills.write(self.rows.slots)
         output, *tensors = loop.whole(self._input_ids, self._positions, inputs_embeds)
         full = output.clone() if self._watched is not None else output
         tails = [take_tail(exit, tensors) for exit in loop.exits]
@@ -138,11 +138,14 @@ class StepRun:
             loop.counters.add("left", leaving)
             if leaving and loop.waiting.shape[1]:
                 self._keep(before, departure, hidden, residual)
-            skipping = departure.leaves | self._watched_at(exit)[before.rows]
-            self._skip(exit, before, skipping, tokens, tail)
+            self._skip(exit, before, departure.leaves, tokens, tail)
+            self._add_skipped()
+            self._skip(exit, before, self._watched_at(exit)[before.rows], tokens, tail)
             if departure.batch is None:
                 break
             if loop.fills is not None:
+                # A request that goes on may share a block which is full only now.
+                loop.fills.keep_room(self.rows.slots)
                 loop.fills.write(self.rows.slots[departure.batch.rows])
             if departure.batch is not before:
                 tokens, hidden, residual = self._cut(before, departure, tokens, hidden, residual)
@@ -189,14 +192,20 @@ class StepRun:
         sources = fill.sources(exit, tail.at(index), index)
         self._skipped.append((exit, batch.rows[skipping], sources, tokens.slot_mapping[index]))
 
-    def _end_fills(self) -> None:
+    def _add_skipped(self) -> None:
+        """The rows noted run no more in this step."""
         fills = self._loop.fills
         if fills is None:
             return
         for exit, rows, sources, cache_slots in self._skipped:
             lasts = self._scheduled.lasts[rows]
             fills.add(self.rows.slots[rows], exit, sources, lasts, cache_slots)
-        fills.end_step(self.rows.slots)
+        self._skipped.clear()
+
+    def _end_fills(self) -> None:
+        self._add_skipped()
+        if self._loop.fills is not None:
+            self._loop.fills.keep_room(self.rows.slots)
 
     def _places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         room = self._loop.config.max_pending

@@ -116,8 +116,8 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             exit.adapter.parameters(), lr=settings.adapter_rate, weight_decay=0.0
         )
-        batch = max(1, settings.batch // size)
-        steps = settings.adapter_tokens // (batch * size)
+        batch = min(max(1, settings.batch // size), len(hidden))
+        steps = -(-settings.adapter_tokens // (batch * size))
         return self._descend(optimizer, loss, len(hidden), batch, steps, "adapter")
 
     def _adapted(self, exit: Exit, states: Tensor, starts: Tensor | None) -> Tensor:
@@ -143,20 +143,26 @@ class Trainer:
         agrees = torch.empty(len(exits), count, dtype=torch.bool)
         target = torch.empty(len(exits), count, dtype=torch.bool)
         probability = torch.empty(len(exits), count)
-        step = max(1, HEAD_CHUNK // length)
         with tqdm(total=count, desc="verdicts", unit="tok", unit_scale=True, leave=False) as bar:
-            for start in range(0, sequences, step):
-                chosen = slice(start, start + step)
-                part = slice(start * length, min(start + step, sequences) * length)
-                some = features[chosen]
-                best = self._logits(self._norm_of(some.final)).topk(self._settings.top_k).indices
-                for index, exit in enumerate(exits):
-                    logits = self._logits(self._adapted(exit, some.exits[index], some.starts))
-                    top, token = logits.max(-1)
-                    probability[index, part] = (top - logits.logsumexp(-1)).exp().cpu()
-                    agrees[index, part] = (token == best[:, 0]).cpu()
-                    target[index, part] = (token[:, None] == best).any(-1).cpu()
-                bar.update(len(best))
+            for sequence in range(sequences):
+                one = features[sequence : sequence + 1]
+                said = [
+                    self._adapted(exit, one.exits[index], one.starts)[0]
+                    for index, exit in enumerate(exits)
+                ]
+                oracle = self._norm_of(one.final[0])
+                for start in range(0, length, HEAD_CHUNK):
+                    chunk = slice(start, start + HEAD_CHUNK)
+                    best = self._logits(oracle[chunk]).topk(self._settings.top_k).indices
+                    first = sequence * length + start
+                    part = slice(first, first + len(best))
+                    for index, normed in enumerate(said):
+                        logits = self._logits(normed[chunk])
+                        top, token = logits.max(-1)
+                        probability[index, part] = (top - logits.logsumexp(-1)).exp().cpu()
+                        agrees[index, part] = (token == best[:, 0]).cpu()
+                        target[index, part] = (token[:, None] == best).any(-1).cpu()
+                    bar.update(len(best))
         return [Verdicts(*parts) for parts in zip(agrees, target, probability, strict=True)]
 
     @torch.inference_mode()
