@@ -82,7 +82,6 @@ def test_refused(tiny, efficiency, options, named):
 
 def test_verified_exits_on_runner_v2_are_refused(tiny, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    build(tiny(), efficiency=EXITS)
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         build(tiny(), efficiency=EXITS, speculative_config=VERIFY)
 

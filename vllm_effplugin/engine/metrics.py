@@ -88,7 +88,9 @@ class ExitCollector(Collector):
             for name, (public, help) in _COUNTERS.items()
         }
         depth = GaugeMetricFamily(
-            "effplugin_exit_mean_depth", "Layers per token since the start.", labels=_LABELS
+            "effplugin_exit_mean_depth",
+            "Layers per token since the start, those of exits and drafts included.",
+            labels=_LABELS,
         )
         backlog = GaugeMetricFamily(
             "effplugin_exit_pending_tokens",

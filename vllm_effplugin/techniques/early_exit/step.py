@@ -8,9 +8,10 @@ the step ("row"), unless said otherwise; a row's tokens end at its last position
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,9 +85,7 @@ class StepRun:
         )
         self._scheduled = self.passage.batch
         self.decoding = int(np.count_nonzero(decodes))
-        # Entries of tokens that skip layers, added when they run no more: what runs all layers to
-        # be compared has to be overwritten.
-        self._skipped: list[tuple[int, np.ndarray, tuple[Tensor, ...], Tensor]] = []
+        self._at_the_end: list[Callable[[], None]] = []
         loop.counters.add("decoded", self.decoding)
         loop.counters.add("full_layer_tokens", self.passage.tokens * loop.num_layers)
 
@@ -106,7 +105,8 @@ class StepRun:
         tails = [take_tail(exit, tensors) for exit in loop.exits]
         for exit, (tail, confidence) in enumerate(zip(tails, _read_gates(tails), strict=True)):
             self._fire(exit, tail, confidence, output)
-            self._skip(exit, self.passage.batch, self._watched_at(exit), self._all_tokens(), tail)
+            batch, tokens = self.passage.batch, self._all_tokens()
+            self._skip(exit, batch, self._watched_at(exit), tokens, tail, runs_on=True)
         self._compare(full, output)
         self._end_fills()
         return output
@@ -138,9 +138,9 @@ class StepRun:
             loop.counters.add("left", leaving)
             if leaving and loop.waiting.shape[1]:
                 self._keep(before, departure, hidden, residual)
-            self._skip(exit, before, departure.leaves, tokens, tail)
-            self._add_skipped()
-            self._skip(exit, before, self._watched_at(exit)[before.rows], tokens, tail)
+            self._skip(exit, before, departure.leaves, tokens, tail, runs_on=False)
+            watched = self._watched_at(exit)[before.rows]
+            self._skip(exit, before, watched, tokens, tail, runs_on=True)
             if departure.batch is None:
                 break
             if loop.fills is not None:
@@ -176,34 +176,45 @@ class StepRun:
         self._loop.waiting[1].index_copy_(0, targets, residual[sources])
 
     def _skip(
-        self, exit: int, batch: Batch, skipping: np.ndarray, tokens: _Tokens, tail: Tail
+        self,
+        exit: int,
+        batch: Batch,
+        skipping: np.ndarray,
+        tokens: _Tokens,
+        tail: Tail,
+        *,
+        runs_on: bool,
     ) -> None:
-        """Note approximate cache entries for rows that skip what is behind an exit.
+        """Owe approximate cache entries for rows whose tokens skip what is behind an exit.
 
         Where a row whose gate fired runs on, because leaving would not pay, its entries are exact.
 
         Args:
             skipping: rows of the batch.
+            runs_on: whether they run all layers nevertheless, to be compared. That writes exact
+                entries, which are overwritten when the step is over.
         """
-        fill = self._loop.fill
-        if self._loop.fills is None or fill is None or not skipping.any():
+        fill, fills = self._loop.fill, self._loop.fills
+        if fill is None or fills is None or not skipping.any():
             return
         index = self._on_device(batch.ends[skipping] - 1)
-        sources = fill.sources(exit, tail.at(index), index)
-        self._skipped.append((exit, batch.rows[skipping], sources, tokens.slot_mapping[index]))
-
-    def _add_skipped(self) -> None:
-        """The rows noted run no more in this step."""
-        fills = self._loop.fills
-        if fills is None:
-            return
-        for exit, rows, sources, cache_slots in self._skipped:
-            lasts = self._scheduled.lasts[rows]
-            fills.add(self.rows.slots[rows], exit, sources, lasts, cache_slots)
-        self._skipped.clear()
+        rows = batch.rows[skipping]
+        add = partial(
+            fills.add,
+            self.rows.slots[rows],
+            exit,
+            fill.sources(exit, tail.at(index), index),
+            self._scheduled.lasts[rows],
+            tokens.slot_mapping[index],
+        )
+        if runs_on:
+            self._at_the_end.append(add)
+        else:
+            add()
 
     def _end_fills(self) -> None:
-        self._add_skipped()
+        for add in self._at_the_end:
+            add()
         if self._loop.fills is not None:
             self._loop.fills.keep_room(self.rows.slots)
 
