@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SMOOTHING = 0.1
-"""Weight of the last step in the running mean of what leaving saves."""
+SMOOTHING = 0.02
+"""Weight of the last step in the running mean of what leaving saves: one step in which all rows
+leave by chance must not make the next ones run in segments."""
 
 MARGIN = 0.03
 """Share of a step that leaving has to save before the stack runs in segments."""
