@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_effplugin.techniques.early_exit.costs import Column, Costs
+from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
 
 SIZES = (1, 2, 4, 8)
 
@@ -75,3 +75,22 @@ def test_entries_that_wait_together_are_cheaper() -> None:
     # Where some stay they are written step by step, where none does four steps at a time.
     assert table.owed(0, staying=1, leaving=2) == pytest.approx(1.1)
     assert table.owed(0, staying=0, leaving=2) == pytest.approx(1.7 / PENDING)
+
+
+def test_what_pays_is_remembered_by_size() -> None:
+    """That all rows of small steps leave says nothing of large ones; nor does one lucky step."""
+    preference = Preference(costs(weights=1, token=0, overhead=1, fill=0))
+    for _ in range(20):
+        preference.learn(1, [1, 0])
+        preference.learn(32, [16, 0])
+    assert preference.segments(1)
+    assert not preference.segments(32)
+    preference.learn(32, [32, 0])
+    assert not preference.segments(32)
+    for _ in range(20):
+        preference.learn(1, [0, 0])
+    assert preference.segments(1)
+    for _ in range(60):
+        preference.learn(1, [0, 0])
+    assert not preference.segments(1)
+    assert Preference(None).segments(32)

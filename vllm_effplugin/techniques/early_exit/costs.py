@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SMOOTHING = 0.02
+SMOOTHING = 0.04
 """Weight of the last step in the running mean of what leaving saves: one step in which all rows
 leave by chance must not make the next ones run in segments."""
 
@@ -120,21 +120,25 @@ class Costs:
 class Preference:
     """Whether the stack should run in segments, from what leaving saved in the last steps.
 
+    Remembered apart for steps of different sizes (powers of two), because what pays for one request
+    does not for many, and their number changes faster than a mean follows.
+
     Args:
         costs: of the machine; None prefers segments always.
     """
 
     def __init__(self, costs: Costs | None) -> None:
         self._costs = costs
-        self._saved = 0.0
+        self._saved: dict[int, float] = {}
 
-    @property
-    def segments(self) -> bool:
-        """Whether segments are expected to save a clear share of a step."""
-        return self._costs is None or self._saved > MARGIN
+    def segments(self, tokens: int) -> bool:
+        """Whether segments are expected to save a clear share of a step of some tokens."""
+        return self._costs is None or self._saved.get(tokens.bit_length(), 0.0) > MARGIN
 
     def learn(self, tokens: int, may_leave: Sequence[int]) -> None:
         """A step of some tokens is over, of which these rows left or might have, per exit."""
         if self._costs is not None:
+            size = tokens.bit_length()
+            before = self._saved.get(size, 0.0)
             saved = self._costs.saved(tokens, may_leave)
-            self._saved += SMOOTHING * (saved - self._saved)
+            self._saved[size] = before + SMOOTHING * (saved - before)

@@ -131,7 +131,7 @@ def forecast(
     for _ in range(STEPS):
         passage = Passage(ledger, costs, owes, slots, positions, np.ones(batch, dtype=np.int64))
         chosen = fires[sequences, positions]
-        if passage.waits or preference.segments:
+        if passage.waits or preference.segments(batch):
             taken, tokens = _in_segments(passage, costs, asks, chosen)
             seconds += taken
             ran += tokens

@@ -262,7 +262,7 @@ class ExitLoop:
         rows = self._source.rows()
         decodes = rows.decodes & self._exits
         run = StepRun(self, step, rows, decodes, self._wanted, input_ids, positions)
-        if run.passage.waits or (run.decoding and self._preference.segments):
+        if run.passage.waits or (run.decoding and self._preference.segments(run.passage.tokens)):
             hidden = run.in_segments(self.trunk.embed(input_ids, inputs_embeds))
         else:
             hidden = run.as_one(inputs_embeds)
