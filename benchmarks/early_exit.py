@@ -83,8 +83,13 @@ def openings(engine: Engine, count: int) -> list[list[int]]:
 
 
 def short_prompts(engine: Engine, count: int) -> list[list[int]]:
-    """Prompts of a few arbitrary tokens."""
-    return engine.prompts(count, length=8)
+    """Prompts of a few arbitrary tokens, each of another length.
+
+    So that rows are at different positions: which tokens leave at a forced exit depends on position
+    and id, and short prompts often end in the same few words.
+    """
+    lengthening = enumerate(engine.prompts(count, length=8 + count))
+    return [prompt[: 8 + extra] for extra, prompt in lengthening]
 
 
 @dataclass(frozen=True)

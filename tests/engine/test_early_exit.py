@@ -615,7 +615,7 @@ def test_measured_steps_stay_inside_the_model_length(tiny):
         return torch.zeros(len(positions), trace.loop.trunk.config.hidden_size)
 
     with exiting(tiny(), block={"exits": SOME, "compaction": "auto"}, **options) as (llm, trace):
-        assert trace.loop.costs.whole.sizes == (1, 2, 4, 8, 16, 32, 64)
+        assert trace.loop.preference.costs.whole.sizes == (1, 2, 4, 8, 16, 32, 64)
         trace.loop.rehearsal = observe
         [ran] = llm.collective_rpc("_run_dummy", args=(32,))
         [too_long] = llm.collective_rpc("_run_dummy", args=(256,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
+from vllm_effplugin.techniques.early_exit.costs import FIRST, Column, Costs, Preference
 
 SIZES = (1, 2, 4, 8)
 
@@ -77,20 +77,72 @@ def test_entries_that_wait_together_are_cheaper() -> None:
     assert table.owed(0, staying=0, leaving=2) == pytest.approx(1.7 / PENDING)
 
 
+def preferring(times: int = 20) -> Preference:
+    """Has looked at steps of one row, which leaves: 1 second is expected instead of 3."""
+    preference = Preference(costs(weights=1, token=0, overhead=1, fill=0))
+    for _ in range(times):
+        preference.learn(1, [1, 0], in_segments=False, seconds=3.0)
+    return preference
+
+
 def test_what_pays_is_remembered_by_size() -> None:
     """That all rows of small steps leave says nothing of large ones; nor does one lucky step."""
-    preference = Preference(costs(weights=1, token=0, overhead=1, fill=0))
+    preference = preferring()
     for _ in range(20):
-        preference.learn(1, [1, 0])
-        preference.learn(32, [16, 0])
+        preference.learn(32, [16, 0], in_segments=False)
     assert preference.segments(1)
     assert not preference.segments(32)
-    preference.learn(32, [32, 0])
+    preference.learn(32, [4, 0], in_segments=False)
     assert not preference.segments(32)
-    for _ in range(20):
-        preference.learn(1, [0, 0])
+    for _ in range(5):
+        preference.learn(1, [0, 0], in_segments=True)
     assert preference.segments(1)
-    for _ in range(60):
-        preference.learn(1, [0, 0])
+    for _ in range(20):
+        preference.learn(1, [0, 0], in_segments=True)
     assert not preference.segments(1)
     assert Preference(None).segments(32)
+
+
+def test_only_some_steps_are_looked_at() -> None:
+    preference = Preference(costs(weights=1, token=0))
+    assert [preference.looks() for _ in range(9)] == [*[False] * 3, True] * 2 + [False]
+    assert not any(Preference(None).looks() for _ in range(9))
+
+
+def test_the_first_steps_run_as_one_graph() -> None:
+    """So that there is something to compare with."""
+    assert not preferring(times=FIRST - 1).segments(1)
+    assert preferring(times=FIRST).segments(1)
+
+
+def test_segments_that_are_slower_than_expected_are_left() -> None:
+    """Expected 1 second instead of 3; takes 3.3."""
+    preference = preferring()
+    preference.learn(1, [1, 0], in_segments=True, seconds=100.0)  # something was compiled
+    assert preference.segments(1)
+    looks = 0
+    while preference.segments(1) and looks < 100:
+        preference.learn(1, [1, 0], in_segments=True, seconds=3.3)
+        looks += 1
+    assert 3 < looks < 20
+
+
+def test_what_was_slow_is_tried_again() -> None:
+    preference = preferring()
+    for _ in range(50):
+        preference.learn(1, [1, 0], in_segments=True, seconds=3.3)
+    for _ in range(50):
+        preference.learn(1, [1, 0], in_segments=False, seconds=3.0)
+    assert not preference.segments(1)
+    for _ in range(1000):
+        preference.learn(1, [1, 0], in_segments=False, seconds=3.0)
+    assert preference.segments(1)
+
+
+def test_a_machine_that_is_slower_altogether_changes_nothing() -> None:
+    preference = preferring()
+    for _ in range(200):
+        preference.learn(1, [1, 0], in_segments=False, seconds=6.0)
+    for _ in range(200):
+        preference.learn(1, [1, 0], in_segments=True, seconds=2.0)
+    assert preference.segments(1)

@@ -56,7 +56,8 @@ class V1Rows:
         count = batch.num_reqs
         slots = self.slots()
         starts = batch.num_computed_tokens_cpu[:count].astype(np.int64)
-        lengths = np.diff(self._runner.query_start_loc.np[: count + 1]).astype(np.int64)
+        ends = self._runner.query_start_loc.np
+        lengths = np.subtract(ends[1 : count + 1], ends[:count], dtype=np.int64)
         decodes = (
             (lengths == 1)
             & (starts >= batch.num_prompt_tokens[:count])

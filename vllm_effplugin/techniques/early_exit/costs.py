@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-SMOOTHING = 0.04
-"""Weight of the last step in the running mean of what leaving saves: one step in which all rows
-leave by chance must not make the next ones run in segments."""
+EVERY = 4
+"""Steps of which one is looked at: looking at each would cost more than it tells."""
+
+SMOOTHING = 0.15
+"""Weight of the last step looked at in the running means: one step in which all rows leave by
+chance must not make the next ones run in segments."""
 
 MARGIN = 0.03
 """Share of a step that leaving has to save before the stack runs in segments."""
+
+FIRST = 2
+"""Steps looked at that have to run as one graph before any runs in segments: the faster of them
+tells what a step as one graph takes at first."""
+
+FORGETTING = 0.001
+"""Share of what segments turned out slower than expected that is forgotten with every step looked
+at which ran as one graph, so that they get another chance after some thousand steps."""
+
+MOST_DRIFT = 1.5
+"""Times a usual step as one graph that a step can take. What is beyond is not believed: such steps
+compile something, or wait for another process."""
 
 
 class Column:
@@ -112,33 +129,110 @@ class Costs:
                 spent += self.owed(exit, remaining, ready) + (self.overhead if remaining else 0.0)
                 ready = 0
             spent += self.segments[exit + 1].at(remaining)
-        # Where segments were measured to be faster even if nobody leaves, that is noise.
-        segments = sum(segment.at(tokens) for segment in self.segments)
-        return 1 - spent / min(self.whole.at(tokens), segments)
+        return 1 - spent / self.as_one(tokens)
+
+    def as_one(self, tokens: int) -> float:
+        """Seconds of the stack as one graph.
+
+        Where segments were measured to be faster even if nobody leaves, that is noise.
+        """
+        return min(self.whole.at(tokens), sum(segment.at(tokens) for segment in self.segments))
+
+
+@dataclass
+class _Memory:
+    """What steps of about one size were like.
+
+    Attributes:
+        saved: share of the expected time of a step as one graph that leaving is expected to save.
+        seen: steps as one graph.
+        whole, segments: real over expected time of steps that ran either way.
+    """
+
+    saved: float = 0.0
+    seen: int = 0
+    whole: float = 1.0
+    segments: float = 1.0
+
+    def time_whole(self, drift: float) -> None:
+        """A step as one graph took `drift` times the time expected of it."""
+        before = self.whole
+        if self.seen <= FIRST:
+            self.whole = self.segments = drift if self.seen == 1 else min(before, drift)
+            return
+        self.whole += SMOOTHING * (drift - before)
+        # What slows all steps down slows segments down alike; they tend to no drift of their own.
+        own = self.segments / before
+        self.segments = self.whole * (own + FORGETTING * (1.0 - own))
+
+    def time_segments(self, drift: float) -> None:
+        """The same of a step in segments."""
+        self.segments += SMOOTHING * (drift - self.segments)
+
+    @property
+    def slower(self) -> float:
+        """How much slower than expected segments are, next to the stack as one graph."""
+        return max(1.0, self.segments / self.whole)
 
 
 class Preference:
     """Whether the stack should run in segments, from what leaving saved in the last steps.
 
     Remembered apart for steps of different sizes (powers of two), because what pays for one request
-    does not for many, and their number changes faster than a mean follows.
+    does not for many, and their number changes faster than a mean follows. What is expected of a
+    step comes from costs measured at start-up, and is corrected by the time that steps really take:
+    caches are colder in them, and a batch of another size at every step is slower than the same
+    again and again.
 
     Args:
         costs: of the machine; None prefers segments always.
     """
 
     def __init__(self, costs: Costs | None) -> None:
-        self._costs = costs
-        self._saved: dict[int, float] = {}
+        self.costs = costs
+        self._memory: defaultdict[int, _Memory] = defaultdict(_Memory)
+        self._steps = 0
 
     def segments(self, tokens: int) -> bool:
         """Whether segments are expected to save a clear share of a step of some tokens."""
-        return self._costs is None or self._saved.get(tokens.bit_length(), 0.0) > MARGIN
+        if self.costs is None:
+            return True
+        memory = self._memory[tokens.bit_length()]
+        saved = 1.0 - (1.0 - memory.saved) * memory.slower
+        return memory.seen >= FIRST and saved > MARGIN
 
-    def learn(self, tokens: int, may_leave: Sequence[int]) -> None:
-        """A step of some tokens is over, of which these rows left or might have, per exit."""
-        if self._costs is not None:
-            size = tokens.bit_length()
-            before = self._saved.get(size, 0.0)
-            saved = self._costs.saved(tokens, may_leave)
-            self._saved[size] = before + SMOOTHING * (saved - before)
+    def looks(self) -> bool:
+        """Count a step; whether it should be learnt from."""
+        self._steps += 1
+        return self.costs is not None and self._steps % EVERY == 0
+
+    def learn(
+        self,
+        tokens: int,
+        may_leave: Sequence[int],
+        in_segments: bool | None,
+        seconds: float | None = None,
+    ) -> None:
+        """A step of some tokens is over.
+
+        Args:
+            may_leave: per exit, how many rows left or might have.
+            in_segments: how it ran; None where it ran in segments and nothing was allowed to leave.
+            seconds: how long it took; None where nothing really ran.
+        """
+        if self.costs is None:
+            return
+        memory = self._memory[tokens.bit_length()]
+        saved = self.costs.saved(tokens, may_leave)
+        memory.saved += SMOOTHING * (saved - memory.saved)
+        if in_segments is False:
+            memory.seen += 1
+        if seconds is None or in_segments is None:
+            return
+        expected = self.costs.as_one(tokens)
+        if memory.seen > FIRST:
+            seconds = min(seconds, MOST_DRIFT * memory.whole * expected)
+        if in_segments:
+            memory.time_segments(seconds / (expected * (1.0 - saved)))
+        else:
+            memory.time_whole(seconds / expected)

@@ -27,6 +27,9 @@ DECODE_STEPS = 16
 STEPS = 512
 """Steps to play through."""
 
+WARM_UP = 64
+"""Steps before them, in which the engine learns what pays."""
+
 
 class Machine(BaseModel):
     """Seconds that a model's parts take, as its engine measured them.
@@ -121,17 +124,20 @@ def forecast(
         Column(machine.sizes, machine.head) if point.gate == "softmax" else None for point in exits
     ]
     owes = config.cache == "recompute"
-    slots = np.arange(batch)
+    slots, ones = np.arange(batch), np.ones(batch, dtype=np.int64)
     sequences = slots % len(fires)
     # Spread over the positions, as requests of a running server are.
     positions = (slots * fires.shape[1] // batch).astype(np.int64)
     for slot in range(batch):
         ledger.open(slot)
     seconds, ran = 0.0, np.zeros(len(exits) + 1)
-    for _ in range(STEPS):
-        passage = Passage(ledger, costs, owes, slots, positions, np.ones(batch, dtype=np.int64))
+    for step in range(-WARM_UP, STEPS):
+        if step == 0:
+            seconds, ran = 0.0, np.zeros(len(exits) + 1)
+        passage = Passage(ledger, preference, owes, slots, positions, ones)
         chosen = fires[sequences, positions]
-        if passage.waits or preference.segments(batch):
+        in_segments = passage.waits or passage.may_leave
+        if in_segments:
             taken, tokens = _in_segments(passage, costs, asks, chosen)
             seconds += taken
             ran += tokens
@@ -143,7 +149,8 @@ def forecast(
                 if asked is not None:
                     seconds += asked.at(int(((chosen == STAYS) | (chosen >= exit)).sum()))
             ran += batch
-        preference.learn(batch, passage.leavable(len(exits)))
+        if preference.looks():
+            preference.learn(batch, passage.leavable(len(exits)), in_segments)
         positions = positions + 1
         for slot in np.flatnonzero(positions == fires.shape[1]).tolist():
             sequences[slot] = (sequences[slot] + batch) % len(fires)

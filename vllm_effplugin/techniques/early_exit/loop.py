@@ -10,6 +10,7 @@ same. At an exit, the batch is cut where the rows that leave are worth it (`step
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -37,6 +38,7 @@ from vllm_effplugin.techniques.early_exit.measure import (
     SIZES,
     Rehearsal,
 )
+from vllm_effplugin.techniques.early_exit.passage import Wishes
 from vllm_effplugin.techniques.early_exit.request import (
     draft_thresholds,
     parse_exit_request,
@@ -137,7 +139,6 @@ class ExitLoop:
             _whole, "Whole", trunk, plan.units, vllm_config, prefix, exit_behind=behind
         )
         self.fill = open_fill(config, trunk)
-        self.costs: Costs | None = None
         self.counters = Counters(len(self.exits))
         self.shadow = config.shadow
         self._head_seconds: list[float] = []
@@ -150,16 +151,13 @@ class ExitLoop:
         self._layer_name = trunk.layers[0].self_attn.attn.layer_name
         self._source: RowSource | None = None
         self._last_step: Step | None = None
-        self._preference = Preference(None)
+        self.preference = Preference(None)
         slots = vllm_config.scheduler_config.max_num_seqs
         self._thresholds = np.full((slots, len(self.exits)), np.inf)
         self._draft_thresholds = np.full((slots, len(self.exits)), np.inf)
-        # Of the batch's requests, while they stay the same: their slots and thresholds, whether
-        # each may leave somewhere, and whether any may.
+        # Of the batch's requests, while they stay the same.
         self._slots: np.ndarray | None = None
-        self._wanted: np.ndarray = np.zeros((0, len(self.exits)))
-        self._exits: np.ndarray = np.zeros(0, dtype=bool)
-        self._any_exits = False
+        self._wishes = Wishes(np.zeros((0, len(self.exits))))
         # Whether the exits' blocks have to see all tokens of these, drafted ones included.
         self.needs_blocks = False
         # Hidden state and residual of the tokens that wait, `max_pending` places per request.
@@ -249,26 +247,33 @@ class ExitLoop:
         self._last_step = step
         if slots is not self._slots:
             self._slots = slots
-            self._wanted = self._thresholds[slots]
-            self._exits = np.any(self._wanted < np.inf, axis=1)
-            self._any_exits = bool(np.any(self._exits))
+            self._wishes = Wishes(self._thresholds[slots])
             self.needs_blocks = self.config.has_blocks and (
-                self._any_exits or bool(np.any(self._draft_thresholds[slots] < np.inf))
+                self._wishes.count > 0 or bool(np.any(self._draft_thresholds[slots] < np.inf))
             )
-        if not (self._any_exits or self.needs_blocks):  # nothing but the stack
+        if not (self._wishes.count or self.needs_blocks):  # nothing but the stack
             for name in ("layer_tokens", "full_layer_tokens"):
                 self.counters.add(name, len(positions) * self.num_layers)
             return self.plain(input_ids, positions, inputs_embeds)
         rows = self._source.rows()
-        decodes = rows.decodes & self._exits
-        run = StepRun(self, step, rows, decodes, self._wanted, input_ids, positions)
-        if run.passage.waits or (run.decoding and self._preference.segments(run.passage.tokens)):
+        wishes = self._wishes.of(rows.decodes)
+        run = StepRun(self, step, rows, wishes, input_ids, positions)
+        passage = run.passage
+        in_segments = passage.waits or (passage.may_leave and wishes.count > 0)
+        began = time.perf_counter()
+        if in_segments:
             hidden = run.in_segments(self.trunk.embed(input_ids, inputs_embeds))
         else:
             hidden = run.as_one(inputs_embeds)
-        if run.decoding:
-            passage = run.passage
-            self._preference.learn(passage.tokens, passage.leavable(len(self.exits)))
+        if wishes.count and self.preference.looks():
+            # On a device that computes while the host goes on, this is not the time of a step.
+            seconds = float(self.agreed(np.array([time.perf_counter() - began]))[0])
+            self.preference.learn(
+                passage.tokens,
+                passage.leavable(len(self.exits)),
+                None if in_segments and not passage.may_leave else in_segments,
+                seconds,
+            )
         if self.on_step is not None:
             self.on_step(run)
         return hidden
@@ -379,12 +384,13 @@ class ExitLoop:
         fill = None
         if self.fill is not None:
             fill = [Column(list(found), column) for column in fills.tolist()]
-        self.costs = Costs(whole, segments, overhead, fill, self.config.max_pending)
-        self._preference = Preference(self.costs)
+        self.preference = Preference(
+            Costs(whole, segments, overhead, fill, self.config.max_pending)
+        )
 
     def describe_costs(self) -> dict[str, Any]:
         """What was measured, as JSON: a `forecast.Machine` but for its `steps`."""
-        costs = self.costs
+        costs = self.preference.costs
         if costs is None:
             raise UnsupportedError(
                 "no costs were measured: too few tokens fit a batch, or `compaction` is `always`"

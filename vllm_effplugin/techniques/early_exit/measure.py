@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_effplugin.engine.batch import Rows, Step
 from vllm_effplugin.techniques.early_exit.counters import Counters
+from vllm_effplugin.techniques.early_exit.passage import Wishes
 from vllm_effplugin.techniques.early_exit.step import StepRun
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Rehearsal:
         thresholds[::2, 0] = -np.inf
 
         def run() -> StepRun:
-            return StepRun(loop, step, rows, rows.decodes, thresholds, input_ids, positions)
+            return StepRun(loop, step, rows, Wishes(thresholds), input_ids, positions)
 
         with _without_layers(loop, hidden):
             [[cut], [whole]] = self._best_times(

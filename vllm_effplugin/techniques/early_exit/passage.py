@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_effplugin.techniques.early_exit.costs import Costs
+from vllm_effplugin.techniques.early_exit.costs import Preference
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
 
 Ints = np.ndarray
@@ -32,26 +32,63 @@ class Batch:
         rows: their indices among the step's rows, increasing.
         firsts: first position of each that runs; it lies before the step's own where waiting
             tokens were taken along.
-        lasts: last position of each.
         lengths: tokens of each.
+        lasts: last position of each.
         ends: index behind each row's last token.
     """
 
     rows: Ints
     firsts: Ints
-    lasts: Ints
+    lengths: Ints
 
-    lengths: Ints = field(init=False)
+    lasts: Ints = field(init=False)
     ends: Ints = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", self.lasts - self.firsts + 1)
+        object.__setattr__(self, "lasts", self.firsts + self.lengths - 1)
         object.__setattr__(self, "ends", np.cumsum(self.lengths))
 
     @property
     def tokens(self) -> int:
         """Tokens that run."""
         return int(self.ends[-1])
+
+
+class Wishes:
+    """Where the rows of a step may leave.
+
+    Args:
+        thresholds: `[rows, exits]`, infinite where a row may not.
+
+    Attributes:
+        rows: whether each may anywhere.
+        count: how many may.
+    """
+
+    def __init__(self, thresholds: np.ndarray) -> None:
+        self.thresholds = thresholds
+        self._may_leave = thresholds < np.inf
+        self._asked = [np.flatnonzero(column) for column in self._may_leave.T]
+        self.rows: Mask = np.any(self._may_leave, axis=1)
+        self.count = int(np.count_nonzero(self.rows))
+
+    def of(self, decodes: Mask) -> Wishes:
+        """The same, but for rows that do not decode in a step."""
+        if decodes.all():
+            return self
+        return Wishes(np.where(decodes[:, None], self.thresholds, np.inf))
+
+    def still_asked(self, exit: int, fired: Ints, batch: Batch) -> Ints:
+        """Indices in a batch of rows that may leave at an exit, and have not at one before.
+
+        Args:
+            fired: of all rows.
+        """
+        if len(batch.rows) < len(fired):
+            may_leave = self._may_leave[batch.rows, exit] & (fired[batch.rows] == STAYS)
+            return np.flatnonzero(may_leave)
+        asked = self._asked[exit]
+        return asked[fired[asked] == STAYS] if exit else asked
 
 
 @dataclass(frozen=True)
@@ -74,7 +111,7 @@ class Passage:
 
     Args:
         ledger: what the requests owe.
-        costs: decides whether leaving pays; None lets rows leave wherever they may.
+        preference: knows what leaving costs. Where it has no costs, rows leave wherever they may.
         owes: whether skipped layers run later (`recompute`).
         slots, starts, lengths: of the step's rows.
         watched: rows that run all layers in any case, to be compared with what their exit said.
@@ -83,21 +120,24 @@ class Passage:
     def __init__(
         self,
         ledger: Ledger,
-        costs: Costs | None,
+        preference: Preference,
         owes: bool,
         slots: Ints,
         starts: Ints,
         lengths: Ints,
         watched: Mask | None = None,
     ) -> None:
-        self._ledger, self._costs, self._owes = ledger, costs, owes
+        self._ledger, self._costs, self._owes = ledger, preference.costs, owes
         self.slots = slots
-        self.batch = Batch(np.arange(len(slots)), starts, starts + lengths - 1)
+        self.batch = Batch(np.arange(len(slots)), starts, lengths)
         self._scheduled = self.batch
         self.tokens = self.batch.tokens
         self.fired = np.full(len(slots), STAYS)
         self._watched = watched
-        self.waits = owes and bool(ledger.has_pending(slots).any())
+        self.waits = owes and ledger.backlog > 0 and bool(ledger.has_pending(slots).any())
+        # Where leaving does not pay, waiting tokens catch up at once, so that the next step can run
+        # as one graph.
+        self.may_leave = preference.segments(self.tokens)
 
     @cached_property
     def must_finish(self) -> Mask:
@@ -109,10 +149,8 @@ class Passage:
 
     def leavable(self, exits: int) -> list[int]:
         """Per exit, the rows that fired there and need not run on."""
-        if (self.fired == STAYS).all():
-            return [0] * exits
         fired = self.fired[~self.must_finish]
-        return [int((fired == exit).sum()) for exit in range(exits)]
+        return np.bincount(fired - STAYS, minlength=exits + 1)[1:].tolist()
 
     def depart(self, exit: int) -> Departure:
         """Let rows leave behind an exit, if that pays, and waiting tokens join those that stay."""
@@ -121,9 +159,11 @@ class Passage:
         joining = np.zeros_like(batch.firsts)
         if self.waits:
             joining = self._ledger.joining(slots, exit, batch.firsts)
-        leaves = (self.fired[batch.rows] != STAYS) & ~self.must_finish[batch.rows]
-        if leaves.any() and not self._pays(exit, leaves, joining):
-            leaves = np.zeros_like(leaves)
+        leaves = np.zeros(len(batch.rows), dtype=bool)
+        if self.may_leave:
+            leaves = (self.fired[batch.rows] != STAYS) & ~self.must_finish[batch.rows]
+            if leaves.any() and not self._pays(exit, leaves, joining):
+                leaves = np.zeros_like(leaves)
         if self._owes:
             self._ledger.leave(slots[leaves], exit, batch.firsts[leaves], batch.lasts[leaves])
         if leaves.all():
@@ -131,7 +171,7 @@ class Passage:
         if leaves.any() or joining.any():
             stays = ~leaves
             self.batch = Batch(
-                batch.rows[stays], (batch.firsts - joining)[stays], batch.lasts[stays]
+                batch.rows[stays], (batch.firsts - joining)[stays], (batch.lengths + joining)[stays]
             )
         return Departure(leaves, joining, self.batch)
 

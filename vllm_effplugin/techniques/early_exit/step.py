@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vllm_effplugin.engine.batch import Rows, Step, running_on, subset
 from vllm_effplugin.techniques.early_exit.exits import Tail, take_tail
-from vllm_effplugin.techniques.early_exit.passage import STAYS, Batch, Departure, Passage
+from vllm_effplugin.techniques.early_exit.passage import STAYS, Batch, Departure, Passage, Wishes
 
 if TYPE_CHECKING:
     from vllm_effplugin.techniques.early_exit.loop import ExitLoop
@@ -53,8 +53,7 @@ class StepRun:
         loop: parts, state and settings.
         step: the step's attention metadata.
         rows: its requests.
-        decodes: which of them may leave at some exit.
-        thresholds: `[rows, exits]`, infinite where a request does not want to leave.
+        wishes: which of them may leave, and where.
         input_ids: `[T]`, None for a batch of embeddings.
         positions: `[T]`.
     """
@@ -64,19 +63,18 @@ class StepRun:
         loop: ExitLoop,
         step: Step,
         rows: Rows,
-        decodes: np.ndarray,
-        thresholds: np.ndarray,
+        wishes: Wishes,
         input_ids: Tensor | None,
         positions: Tensor,
     ) -> None:
         self._loop, self._step, self.rows = loop, step, rows
-        self._decodes, self._thresholds = decodes, thresholds
+        self.wishes = wishes
         self._input_ids, self._positions = input_ids, positions
         owes = loop.config.cache == "recompute"
         self._watched = self._draw_watched() if loop.shadow else None
         self.passage = Passage(
             loop.ledger,
-            loop.costs,
+            loop.preference,
             owes,
             rows.slots,
             rows.starts,
@@ -84,9 +82,8 @@ class StepRun:
             self._watched,
         )
         self._scheduled = self.passage.batch
-        self.decoding = int(np.count_nonzero(decodes))
         self._at_the_end: list[Callable[[], None]] = []
-        loop.counters.add("decoded", self.decoding)
+        loop.counters.add("decoded", wishes.count)
         loop.counters.add("full_layer_tokens", self.passage.tokens * loop.num_layers)
 
     # --- The stack as one graph ------------------------------------------------------------------
@@ -96,7 +93,7 @@ class StepRun:
         loop = self._loop
         if loop.fills is not None:
             loop.fills.write(self.rows.slots)
-        if not (self.decoding or loop.needs_blocks):
+        if not (self.wishes.count or loop.needs_blocks):
             loop.counters.add("layer_tokens", self.passage.tokens * loop.num_layers)
             return loop.plain(self._input_ids, self._positions, inputs_embeds)
         loop.counters.add("layer_tokens", self.passage.tokens * loop.layers_to_end)
@@ -288,7 +285,7 @@ class StepRun:
         """Which rows run all layers whatever their gates say."""
         lasts = self.rows.starts + self.rows.lengths - 1
         drawn = pseudo_random(-1, lasts, self.rows.slots) < self._loop.shadow
-        return drawn & self._decodes
+        return drawn & self.wishes.rows
 
     def _watched_at(self, exit: int) -> np.ndarray:
         """Rows that would leave at an exit, and run on only to be compared."""
@@ -328,24 +325,22 @@ class StepRun:
             output: where the runner looks for final hidden states.
         """
         loop, batch, fired = self._loop, self.passage.batch, self.passage.fired
-        may_leave = self._decodes & (self._thresholds[:, exit] < np.inf)
-        if exit:
-            may_leave &= fired == STAYS
-        asked = np.flatnonzero(may_leave[batch.rows])
+        asked = self.wishes.still_asked(exit, fired, batch)
         if not len(asked):
             return
         rows, lasts = batch.rows[asked], batch.ends[asked] - 1
         scores = confidence[lasts] if confidence is not None else None
         if scores is None:
             scores = self._score(exit, rows, lasts, tail)
-        fires = loop.agreed(scores >= self._thresholds[rows, exit])
-        if not fires.any():
+        fires = np.flatnonzero(loop.agreed(scores >= self.wishes.thresholds[rows, exit]))
+        if not len(fires):
             return
         rows = rows[fires]
         fired[rows] = exit
         loop.counters.add_exits(exit, len(rows))
-        index = self._on_device(lasts[fires])
-        targets = self._on_device(self._scheduled.ends[rows] - 1)
+        index = targets = self._on_device(lasts[fires])
+        if batch is not self._scheduled:
+            targets = self._on_device(self._scheduled.ends[rows] - 1)
         output.index_copy_(0, targets, loop.finished(exit, tail, index))
 
     def _score(self, exit: int, rows: np.ndarray, lasts: np.ndarray, tail: Tail) -> np.ndarray:
