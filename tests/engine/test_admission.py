@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from vllm.config.compilation import CUDAGraphMode
+from vllm.platforms import current_platform
 
 from tests.tiny import overrides
 from vllm_effplugin.config import parse_efficiency
@@ -14,7 +16,13 @@ from vllm_effplugin.config.checkpoint import (
     replaced_tensor_names,
     write_checkpoint,
 )
-from vllm_effplugin.engine.admission import VERIFY
+from vllm_effplugin.engine.admission import (
+    EXIT_WORKERS,
+    UNTESTED,
+    VERIFY,
+    EfficiencyAdmission,
+)
+from vllm_effplugin.errors import UnsupportedError
 
 PAIRS = {"layer_parallel": {"groups": [[2, 3], [4, 5]]}}
 EXITS = {"early_exit": {"exits": [{"depth": 4}]}}
@@ -86,6 +94,26 @@ def test_verified_exits_on_runner_v2_are_refused(tiny, monkeypatch):
         build(tiny(), efficiency=EXITS, speculative_config=VERIFY)
 
 
+def test_exits_on_gpus_are_refused_unless_asked_for(tiny, monkeypatch):
+    """Built, and never run there."""
+    vllm_config = build(tiny(), efficiency=EXITS)
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    vllm_config.parallel_config.worker_cls = "auto"
+    with pytest.raises(UnsupportedError, match=f"cuda.*never run.*{UNTESTED}=1"):
+        EfficiencyAdmission.verify_and_update_config(vllm_config)
+    monkeypatch.setenv(UNTESTED, "1")
+    vllm_config.compilation_config.cudagraph_mode = None
+    EfficiencyAdmission.verify_and_update_config(vllm_config)
+    assert vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
+    assert vllm_config.parallel_config.worker_cls == EXIT_WORKERS["cuda"]
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    with pytest.raises(UnsupportedError, match=r"cudagraph_mode=FULL_AND_PIECEWISE.*PIECEWISE"):
+        EfficiencyAdmission.verify_and_update_config(vllm_config)
+    monkeypatch.setattr(current_platform, "device_type", "tpu")
+    with pytest.raises(UnsupportedError, match="not supported on tpu yet: remove"):
+        EfficiencyAdmission.verify_and_update_config(vllm_config)
+
+
 def test_a_draft_model_is_refused(tiny):
     speculative = {"method": "draft_model", "model": str(tiny()), "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match="--speculative-config method 'draft_model'"):
@@ -145,8 +173,6 @@ def test_extra_tensors_are_checked_at_start(tiny, tmp_path):
 
 
 def test_ray_on_cpu_is_refused_in_a_clear_sentence(tiny):
-    from vllm.platforms import current_platform
-
     if not current_platform.is_cpu():
         pytest.skip("vLLM refuses Ray on its CPU platform only")
     with pytest.raises(ValueError, match=r"--distributed-executor-backend ray.*`mp`"):

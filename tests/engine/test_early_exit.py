@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
+from vllm.forward_context import get_forward_context
 
 from tests.engine.test_layer_parallel_logits import (
     MIXED_BATCHES,
@@ -26,7 +27,7 @@ from tests.engine.test_layer_parallel_logits import (
 from tests.tiny import VOCAB, counters, engine, overrides
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
-from vllm_effplugin.engine.admission import VERIFY
+from vllm_effplugin.engine.admission import UNTESTED, VERIFY
 from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.evaluate import Measured, measure_settings
@@ -34,7 +35,7 @@ from vllm_effplugin.techniques.early_exit.evaluate import settings as exit_setti
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.forecast import Machine, forecast, measure_machine
 from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
-from vllm_effplugin.techniques.early_exit.step import pseudo_random
+from vllm_effplugin.techniques.early_exit.step import StepRun, _Tokens, pseudo_random
 from vllm_effplugin.techniques.early_exit.training import new_block
 
 TOLERANCE = 1e-3
@@ -603,6 +604,55 @@ def test_what_prepare_and_eval_measure(tiny, tmp_path):
     assert everyone.same_output < 1
     assert 0 < checkpoint.agreement <= 1
     assert all(row.tokens_s > 0 for row in rows)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_padded_segments(tiny, policy, monkeypatch):
+    """What is behind an exit reads persistent inputs, filled up to sizes with CUDA graphs.
+
+    On a GPU the runner fills up whole batches; here the step's own context has to say so, too.
+    """
+    block = {"exits": SOME, "cache": policy}
+    replay = Replay(tiny(), block)
+    with exiting(tiny(), block=block) as (llm, trace):
+        inputs = trace.loop.graph_inputs
+        inputs.sizes = [1, 3, 4, 8]  # some batches are larger
+        last, sizes, addresses = trace.loop.segments[-1], set(), set()
+
+        def observed(positions, hidden, residual):
+            placed = inputs.place(positions, hidden, residual)
+            sizes.add(len(placed[1]))
+            addresses.update((len(placed[1]), tensor.data_ptr()) for tensor in placed)
+            return last(positions, hidden, residual)
+
+        def padded(run):
+            [metadata, *_] = get_forward_context().attn_metadata.values()
+            return _Tokens(run._step.common.slot_mapping, run._positions, metadata, inputs)
+
+        trace.loop.segments[-1] = observed
+        monkeypatch.setattr(StepRun, "_all_tokens", padded)
+        results = generate(llm, prompts())
+        for prompt, (tokens, logits), seen in zip(prompts(), results, trace.take(), strict=True):
+            assert replay.difference(prompt, tokens, logits, seen) <= TOLERANCE
+    captured = {size for size in sizes if size in inputs.sizes}
+    assert len(captured) > 1
+    assert max(sizes) > 8
+    # Each captured size reads the same memory every time: positions, hidden, residual.
+    assert len({entry for entry in addresses if entry[0] in captured}) == 3 * len(captured)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_cuda_graphs(tiny, policy, monkeypatch):
+    monkeypatch.setenv(UNTESTED, "1")
+    block = {"exits": SOME, "cache": policy}
+    replay = Replay(tiny(), block)
+    with exiting(tiny(), block=block, enforce_eager=False) as (llm, trace):
+        results = generate(llm, prompts())
+        assert trace.loop.graph_inputs.sizes
+        for prompt, (tokens, logits), seen in zip(prompts(), results, trace.take(), strict=True):
+            assert replay.difference(prompt, tokens, logits, seen) <= TOLERANCE
 
 
 def test_measured_steps_stay_inside_the_model_length(tiny):

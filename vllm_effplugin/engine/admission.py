@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -35,7 +37,12 @@ EXIT_PARAMS = "vllm_effplugin.engine.params:ExitParamsV1"
 VERIFYING_EXIT_PARAMS = "vllm_effplugin.engine.params:VerifyingExitParamsV1"
 EXIT_PARAMS_V2 = "vllm_effplugin.engine.params_v2:ExitParamsV2"
 EXIT_SCHEDULER = "vllm_effplugin.engine.schedulers.salted_scheduler"
-EXIT_WORKER = "vllm_effplugin.engine.worker.EffpluginCPUWorker"
+EXIT_WORKERS = {
+    "cpu": "vllm_effplugin.engine.worker.EffpluginCPUWorker",
+    "cuda": "vllm_effplugin.engine.worker.EffpluginWorker",
+}
+UNTESTED = "EFFPLUGIN_UNTESTED"
+"""Environment variable that admits what was built and never run: exits on GPUs."""
 VERIFY = {
     "method": "custom_class",
     "model": "vllm_effplugin.engine.v1_drafter.ExitProposer",
@@ -78,7 +85,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             _refuse_with_groups(vllm_config, plan)
         if plan.has_exits:
             _refuse_with_exits(vllm_config, plan)
-            vllm_config.parallel_config.worker_cls = EXIT_WORKER
+            vllm_config.parallel_config.worker_cls = EXIT_WORKERS[current_platform.device_type]
             early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
             assert early_exit is not None
             vllm_config.scheduler_config.scheduler_cls = EXIT_SCHEDULER
@@ -240,14 +247,39 @@ def _refuse_with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
             "a model that mixes kinds of attention layers is not supported with early exit, which "
             f"runs all layers on one set of cache blocks: {way_out}"
         )
-    if not current_platform.is_cpu():
+    device = current_platform.device_type
+    if device not in EXIT_WORKERS or (device != "cpu" and os.environ.get(UNTESTED) != "1"):
         raise UnsupportedError(
-            f"early exit is not supported on {current_platform.device_type} yet, whose model "
-            f"runner has not been tested: {way_out}"
+            f"early exit is not supported on {device} yet"
+            + (
+                f", where it was built but never run (set {UNTESTED}=1 to be the first)"
+                if device in EXIT_WORKERS
+                else ""
+            )
+            + f": {way_out}"
         )
+    if device != "cpu":
+        _refuse_on_gpu(vllm_config, way_out)
     parallel = vllm_config.parallel_config
-    if parallel.worker_cls not in ("auto", EXIT_WORKER):
+    if parallel.worker_cls not in ("auto", EXIT_WORKERS[device]):
         raise UnsupportedError(
             f"--worker-cls {parallel.worker_cls} is not supported with early exit, which brings "
             f"a worker of its own: leave it at `auto`, or {way_out}"
+        )
+
+
+def _refuse_on_gpu(vllm_config: VllmConfig, way_out: str) -> None:
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode is None:
+        # Between two exits Python decides, so that no graph can hold the whole step.
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if compilation.cudagraph_mode.has_full_cudagraphs():
+        raise UnsupportedError(
+            f"-cc.cudagraph_mode={compilation.cudagraph_mode.name} is not supported with early "
+            f"exit, which decides between two graphs of a step: use PIECEWISE, or {way_out}"
+        )
+    if _verifies(vllm_config):
+        raise UnsupportedError(
+            "verified early exits (--speculative-config) are supported on CPUs only yet: leave it "
+            f"off, or {way_out}"
         )

@@ -199,8 +199,13 @@ def one_token_each(
 
 
 @contextmanager
-def running_on(metadata: Any, slot_mapping: Tensor) -> Iterator[None]:
-    """Run layers on other attention metadata than the step's."""
+def running_on(metadata: Any, slot_mapping: Tensor, **changes: Any) -> Iterator[None]:
+    """Run layers on other attention metadata than the step's.
+
+    Args:
+        slot_mapping: cache slot of each token.
+        changes: other fields of the forward context.
+    """
     context = get_forward_context()
     names = context.attn_metadata.keys()
     with override_forward_context(
@@ -208,6 +213,7 @@ def running_on(metadata: Any, slot_mapping: Tensor) -> Iterator[None]:
             context,
             attn_metadata=dict.fromkeys(names, metadata),
             slot_mapping=dict.fromkeys(names, slot_mapping),
+            **changes,
         )
     ):
         yield

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_effplugin.engine.admission import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
 from vllm_effplugin.engine.v1_rows import V1Rows
@@ -22,8 +22,8 @@ DUMMY_CONTEXT = 128
 """Positions of a request, where there is room for them, while costs are measured."""
 
 
-class EffpluginCPUWorker(CPUWorker):
-    """vLLM's CPU worker, whose model knows the requests behind its rows."""
+class EffpluginWorker(Worker):
+    """vLLM's GPU worker, whose model knows the requests behind its rows."""
 
     _v1_rows: V1Rows | None = None
 
@@ -88,12 +88,7 @@ class EffpluginCPUWorker(CPUWorker):
         if self.use_v2_model_runner:
             self.model_runner._dummy_run(tokens, context_len=context - longest)
             return True
-        self.model_runner._dummy_run(
-            tokens,
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            force_attention=True,
-            profile_seq_lens=context,
-        )
+        self.model_runner._dummy_run(tokens, force_attention=True, profile_seq_lens=context)
         return True
 
     # --- For `LLM.collective_rpc` ----------------------------------------------------------------
@@ -117,3 +112,7 @@ class EffpluginCPUWorker(CPUWorker):
     def set_exit_shadow(self, share: float) -> None:
         """From now on, compare this share of the tokens that leave with the full model."""
         self._exits.shadow = share
+
+
+class EffpluginCPUWorker(EffpluginWorker, CPUWorker):
+    """The same over vLLM's CPU worker."""

@@ -62,14 +62,22 @@ class PendingFills:
     """
 
     def __init__(
-        self, fill: CacheFill, slots: int, room: int, block_size: int, dtype: torch.dtype
+        self,
+        fill: CacheFill,
+        slots: int,
+        room: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._fill, self._room, self._block_size = fill, room, block_size
         self._count = np.zeros(slots, dtype=np.int64)
         self._exits = np.zeros((slots, room), dtype=np.int64)
         self._positions = np.zeros((slots, room), dtype=np.int64)
-        self._cache_slots = torch.zeros(slots * room, dtype=torch.int64)
-        self._sources = [torch.empty(slots * room, width, dtype=dtype) for width in fill.widths]
+        self._cache_slots = torch.zeros(slots * room, dtype=torch.int64, device=device)
+        self._sources = [
+            torch.empty(slots * room, width, dtype=dtype, device=device) for width in fill.widths
+        ]
         self._full = False
 
     def open(self, slot: int) -> None:

@@ -23,6 +23,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_effplugin.engine.batch import RowSource, Step, current_step
+from vllm_effplugin.engine.graphs import GraphInputs
 from vllm_effplugin.engine.segments import compiled_part, run_units
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
@@ -100,6 +101,13 @@ def _whole(
     return trunk.norm(hidden, residual)[0], *exits
 
 
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 class ExitLoop:
     """Runs a trunk whose plan has exits.
 
@@ -122,7 +130,9 @@ class ExitLoop:
         ]
         self.layers_to_end = self.num_layers + int(blocks[-1])
         *before, last = plan.segments
-        self.segments = [
+        model = vllm_config.model_config
+        self.graph_inputs = GraphInputs(vllm_config, model.get_hidden_size(), model.dtype)
+        parts = [
             *(
                 compiled_part(
                     _to_exit, f"ToExit{i}", trunk, segment.units, vllm_config, prefix, exit=exit
@@ -131,6 +141,7 @@ class ExitLoop:
             ),
             compiled_part(_to_end, "ToEnd", trunk, last.units, vllm_config, prefix),
         ]
+        self.segments: list[Callable[..., Any]] = [self.placed(part) for part in parts]
         # Not the graph below without its further results: in bf16 those change what Inductor keeps
         # in fp32. Where nobody may leave, outputs are those of the stock model bit for bit.
         self.plain = compiled_part(_plain, "Plain", trunk, plan.units, vllm_config, prefix)
@@ -160,10 +171,19 @@ class ExitLoop:
         self._wishes = Wishes(np.zeros((0, len(self.exits))))
         # Whether the exits' blocks have to see all tokens of these, drafted ones included.
         self.needs_blocks = False
-        # Hidden state and residual of the tokens that wait, `max_pending` places per request.
+        # Hidden state, residual and cache slot of the tokens that wait, `max_pending` places per
+        # request.
         places = slots * config.max_pending if config.cache == "recompute" else 0
-        model = vllm_config.model_config
         self.waiting = torch.empty(2, places, model.get_hidden_size(), dtype=model.dtype)
+        self.waiting_slots = torch.zeros(places, dtype=torch.int64)
+
+    def placed(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """The same part, reading its inputs where CUDA graphs expect them."""
+
+        def call(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Any:
+            return part(*self.graph_inputs.place(positions, hidden, residual))
+
+        return call
 
     def weights_loaded(self) -> None:
         """The trunk has its weights, in the layout of the checkpoint."""
@@ -228,6 +248,7 @@ class ExitLoop:
             self.config.max_pending,
             self.vllm_config.cache_config.block_size,
             self.vllm_config.model_config.dtype,
+            self.waiting.device,
         )
 
     # --- A step ----------------------------------------------------------------------------------
@@ -253,21 +274,21 @@ class ExitLoop:
             )
         if not (self._wishes.count or self.needs_blocks):  # nothing but the stack
             for name in ("layer_tokens", "full_layer_tokens"):
-                self.counters.add(name, len(positions) * self.num_layers)
+                self.counters.add(name, step.common.num_actual_tokens * self.num_layers)
             return self.plain(input_ids, positions, inputs_embeds)
         rows = self._source.rows()
         wishes = self._wishes.of(rows.decodes)
         run = StepRun(self, step, rows, wishes, input_ids, positions)
         passage = run.passage
         in_segments = passage.waits or (passage.may_leave and wishes.count > 0)
-        began = time.perf_counter()
+        looks = wishes.count > 0 and self.preference.looks()
+        began = _clock(positions.device) if looks else 0.0
         if in_segments:
             hidden = run.in_segments(self.trunk.embed(input_ids, inputs_embeds))
         else:
             hidden = run.as_one(inputs_embeds)
-        if wishes.count and self.preference.looks():
-            # On a device that computes while the host goes on, this is not the time of a step.
-            seconds = float(self.agreed(np.array([time.perf_counter() - began]))[0])
+        if looks:
+            seconds = float(self.agreed(np.array([_clock(positions.device) - began]))[0])
             self.preference.learn(
                 passage.tokens,
                 passage.leavable(len(self.exits)),

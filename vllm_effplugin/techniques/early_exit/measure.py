@@ -123,7 +123,7 @@ class Rehearsal:
                 its first time does not count, so that caches hold what they hold in a run of such
                 steps; the steps take turns, so that a drift falls on all alike.
         """
-        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        synchronize = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
         best = [[np.inf] * len(calls) for calls in steps]
         end = time.perf_counter() + MEASURING_SECONDS
         for round in range(MEASURING_ROUNDS):
@@ -156,7 +156,8 @@ def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
         return lambda positions, *_: tail(exit, len(positions))
 
     tails = [state for exit in loop.exits for state in tail(exit, len(hidden))]
-    loop.segments = [*map(to_exit, loop.exits), lambda positions, *_: hidden[: len(positions)]]
+    to_end = lambda positions, *_: hidden[: len(positions)]  # noqa: E731
+    loop.segments = [loop.placed(part) for part in (*map(to_exit, loop.exits), to_end)]
     loop.whole = lambda *_: (hidden.clone(), *tails)
     loop.fills, loop.counters, loop.shadow = None, Counters(len(loop.exits)), 0.0
     try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm_effplugin.engine.batch import Rows, Step, running_on, subset
+from vllm_effplugin.engine.graphs import GraphInputs
 from vllm_effplugin.techniques.early_exit.exits import Tail, take_tail
 from vllm_effplugin.techniques.early_exit.passage import STAYS, Batch, Departure, Passage, Wishes
 
@@ -33,17 +34,19 @@ class _Tokens:
     Attributes:
         slot_mapping, positions: per token.
         metadata: attention metadata; None for the step's own.
+        graphs: knows which CUDA graphs there are.
     """
 
     slot_mapping: Tensor
     positions: Tensor
     metadata: Any = None
+    graphs: GraphInputs | None = None
 
     def context(self) -> AbstractContextManager[None]:
         """Layers called in it run on these tokens."""
-        if self.metadata is None:
+        if self.graphs is None:
             return nullcontext()
-        return running_on(self.metadata, self.slot_mapping)
+        return running_on(self.metadata, **self.graphs.context(self.slot_mapping))
 
 
 class StepRun:
@@ -134,7 +137,7 @@ class StepRun:
             leaving = int(np.count_nonzero(departure.leaves))
             loop.counters.add("left", leaving)
             if leaving and loop.waiting.shape[1]:
-                self._keep(before, departure, hidden, residual)
+                self._keep(before, departure, tokens, tail)
             self._skip(exit, before, departure.leaves, tokens, tail, runs_on=False)
             watched = self._watched_at(exit)[before.rows]
             self._skip(exit, before, watched, tokens, tail, runs_on=True)
@@ -158,19 +161,21 @@ class StepRun:
         self._end_fills()
         return output
 
-    def _keep(self, batch: Batch, departure: Departure, hidden: Tensor, residual: Tensor) -> None:
+    def _keep(self, batch: Batch, departure: Departure, tokens: _Tokens, tail: Tail) -> None:
         """Keep the states of the tokens that leave: what is behind the exit runs later."""
         leaves = departure.leaves
         lengths = batch.lengths[leaves]
         within = _ranges(lengths)
-        tokens = within + np.repeat((batch.ends - batch.lengths)[leaves], lengths)
+        leaving = within + np.repeat((batch.ends - batch.lengths)[leaves], lengths)
         places = self._places(
             np.repeat(self.rows.slots[batch.rows[leaves]], lengths),
             np.repeat(batch.firsts[leaves], lengths) + within,
         )
-        sources, targets = self._on_device(tokens), self._on_device(places)
-        self._loop.waiting[0].index_copy_(0, targets, hidden[sources])
-        self._loop.waiting[1].index_copy_(0, targets, residual[sources])
+        sources, targets = self._on_device(leaving), self._on_device(places)
+        loop = self._loop
+        loop.waiting[0].index_copy_(0, targets, tail.hidden[sources])
+        loop.waiting[1].index_copy_(0, targets, tail.residual[sources])
+        loop.waiting_slots.index_copy_(0, targets, tokens.slot_mapping[sources].long())
 
     def _skip(
         self,
@@ -247,27 +252,20 @@ class StepRun:
             slots = np.repeat(self.rows.slots[after.rows], lengths)
             absolute = np.repeat(after.lasts, lengths) - back
             places = self._on_device(self._places(slots, absolute)[joins])
-            in_cache = self._cache_slots(np.repeat(after.rows, lengths)[joins], absolute[joins])
-            slot_mapping.index_copy_(0, targets, in_cache.to(slot_mapping.dtype))
+            in_cache = self._loop.waiting_slots[places].to(slot_mapping.dtype)
+            slot_mapping.index_copy_(0, targets, in_cache)
             hidden.index_copy_(0, targets, self._loop.waiting[0][places])
             residual.index_copy_(0, targets, self._loop.waiting[1][places])
         metadata = subset(self._step, after.rows, lengths, slot_mapping, positions)
-        return _Tokens(slot_mapping, positions, metadata), hidden, residual
-
-    def _cache_slots(self, rows: np.ndarray, positions: np.ndarray) -> Tensor:
-        """Cache slots of some of the rows' positions."""
-        size = self._loop.ledger.block_size
-        blocks = self._step.common.block_table_tensor[
-            self._on_device(rows), self._on_device(positions // size)
-        ]
-        return blocks * size + self._on_device(positions % size)
+        tokens = _Tokens(slot_mapping, positions, metadata, self._loop.graph_inputs)
+        return tokens, hidden, residual
 
     def _collect(self, hidden: Tensor, output: Tensor) -> Tensor:
         """Put what ran to the end where the runner looks for it; fired rows have their output."""
         batch = self.passage.batch
         fired = self.passage.fired[batch.rows] != STAYS
         if batch is self._scheduled and not fired.any():
-            return hidden
+            return hidden[: len(output)]
         rows, ends = batch.rows, batch.ends
         if fired.any():
             rows, ends = rows[~fired], ends[~fired]

@@ -1,0 +1,92 @@
+"""Inputs of compiled parts that are called from Python between others, for CUDA graphs.
+
+vLLM captures the graphs of a compiled part's pieces for some numbers of tokens, and a replay reads
+the memory that the capture read. The runner sees to that for what it calls itself. What runs behind
+a boundary reads from here: persistent tensors, filled up to a number of tokens that was captured.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
+
+NO_SLOT = -1
+"""Cache slot of a token that is none: what kernels do not write."""
+
+
+class GraphInputs:
+    """Persistent `positions`, `hidden` and `residual`.
+
+    Without captured graphs it hands everything back as it is. They are known once the runner has
+    chosen attention backends, so not before the first call.
+
+    Args:
+        hidden_size, dtype: of the hidden states.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, hidden_size: int, dtype: torch.dtype) -> None:
+        self._vllm_config = vllm_config
+        self._hidden_size, self._dtype = hidden_size, dtype
+        self.sizes: list[int] | None = None
+        self._positions = self._hidden = self._residual = torch.empty(0)
+
+    def padded(self, tokens: int) -> int | None:
+        """The number of tokens to run instead; None if no graph has as many."""
+        if self.sizes is None:
+            compilation = self._vllm_config.compilation_config
+            captured = compilation.cudagraph_mode.has_mode(CUDAGraphMode.PIECEWISE)
+            self.sizes = sorted(compilation.cudagraph_capture_sizes or ()) if captured else []
+        place = bisect_left(self.sizes, tokens)
+        return self.sizes[place] if place < len(self.sizes) else None
+
+    def place(
+        self, positions: Tensor, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same values where graphs read them.
+
+        Args:
+            positions: `[T]`.
+            hidden, residual: `[T, d]` or longer; what is behind `T` is left out.
+        """
+        count = len(positions)
+        size = self.padded(count)
+        if size is None:
+            rest = None if residual is None else residual[:count]
+            return positions, hidden[:count], rest
+        if not len(self._hidden):
+            assert self.sizes
+            device, most = hidden.device, self.sizes[-1]
+            self._positions = torch.zeros(most, dtype=positions.dtype, device=device)
+            shape = (most, self._hidden_size)
+            self._hidden = torch.zeros(shape, dtype=self._dtype, device=device)
+            self._residual = torch.zeros_like(self._hidden)
+        self._positions[:count] = positions
+        self._hidden[:count] = hidden[:count]
+        if residual is None:
+            return self._positions[:size], self._hidden[:size], None
+        self._residual[:count] = residual[:count]
+        return self._positions[:size], self._hidden[:size], self._residual[:size]
+
+    def context(self, slot_mapping: Tensor) -> dict[str, Any]:
+        """What the forward context says of a batch other than the step's.
+
+        Args:
+            slot_mapping: cache slot of each token.
+        """
+        count = len(slot_mapping)
+        size = self.padded(count)
+        if not self.sizes:
+            return {"slot_mapping": slot_mapping}
+        if size is None:
+            return {"slot_mapping": slot_mapping, "cudagraph_runtime_mode": CUDAGraphMode.NONE}
+        return {
+            "slot_mapping": torch.nn.functional.pad(slot_mapping, (0, size - count), value=NO_SLOT),
+            "cudagraph_runtime_mode": CUDAGraphMode.PIECEWISE,
+            "batch_descriptor": BatchDescriptor(num_tokens=size),
+        }
