@@ -23,8 +23,8 @@ NO_SLOT = -1
 class GraphInputs:
     """Persistent `positions`, `hidden` and `residual`.
 
-    Without captured graphs it hands everything back as it is. They are known once the runner has
-    chosen attention backends, so not before the first call.
+    Without captured graphs it hands everything back as it is. Which there are is settled after the
+    model is built, so it is looked up at the first call.
 
     Args:
         hidden_size, dtype: of the hidden states.

@@ -8,13 +8,16 @@ Shapes: `B` sequences, `S` positions, `d` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+
+from vllm_effplugin.preparation import packed
 
 
 class Decoder:
@@ -56,6 +59,10 @@ class Decoder:
         if starts is not None and starts[:, 1:].any():
             first = torch.where(starts.to(hidden.device), positions, 0).cummax(-1).values
             positions = positions - first
+        rotary = self.decoder.rotary_emb(hidden, positions)
+        if self.model.config._attn_implementation == packed.XFORMERS:
+            lengths = None if starts is None else packed.document_lengths(starts)
+            return {"position_embeddings": rotary, "attention_mask": None, "lengths": lengths}
         mask = create_causal_mask(
             config=self.model.config,
             inputs_embeds=hidden,
@@ -63,10 +70,19 @@ class Decoder:
             past_key_values=None,
             position_ids=positions,
         )
-        return {
-            "position_embeddings": self.decoder.rotary_emb(hidden, positions),
-            "attention_mask": mask,
-        }
+        return {"position_embeddings": rotary, "attention_mask": mask}
+
+    @contextmanager
+    def fastest_attention(self) -> Iterator[None]:
+        """Inside, attention of packed documents is xformers' where that is there."""
+        config = self.model.config
+        before = config._attn_implementation
+        if packed.available(config):
+            config._attn_implementation = packed.XFORMERS
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
     def run_layers(self, indices: Iterable[int], hidden: Tensor, context: dict[str, Any]) -> Tensor:
         """Run layers one after another on `[B, S, d]` hidden states."""

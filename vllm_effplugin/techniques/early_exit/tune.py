@@ -85,7 +85,11 @@ class Tuner(WindowTrainer):
         device = self.tokens.device
         chance = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + self.step)
         ids, starts = self.tokens[rows], self._starts[rows]
-        with autocast(device, self._settings.precision):
+        with (
+            autocast(device, self._settings.precision),
+            self._original.fastest_attention(),
+            self._tuned.fastest_attention(),
+        ):
             with torch.no_grad():
                 target, context = self._original.embed(ids, starts)
                 target = self._original.run_layers(
