@@ -603,7 +603,7 @@ def test_what_prepare_and_eval_measure(tiny, tmp_path):
     assert everyone.agreement < 1
     assert everyone.same_output < 1
     assert 0 < checkpoint.agreement <= 1
-    assert all(row.tokens_s > 0 for row in rows)
+    assert all(row.tokens_s > 0 and row.relative > 0 for row in rows)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -1,14 +1,15 @@
 """What exits cost and give, measured through vLLM: computation, speed, agreement, answers.
 
 One engine serves all thresholds, because every request may bring its own. For each, the same
-prompts are continued twice: once as they are served, for speed and computation, and once in shadow
-mode, where every token that leaves also runs all layers, for the agreement.
+prompts are continued as they are served, in turn with the full model, for speed and computation;
+and once in shadow mode, where every token that leaves also runs all layers, for the agreement.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.preparation.base import load_tokenizer, text_windows
 from vllm_effplugin.preparation.plot import new_axes, to_png
 from vllm_effplugin.techniques.early_exit.questions import accuracy, read_questions
+
+ROUNDS = 3
+"""Turns of each setting and the full model: their speeds are medians, because machines drift."""
 
 
 class Setting(BaseModel):
@@ -61,6 +65,7 @@ class Measured(BaseModel):
         layer_tokens: layers run times tokens, relative to the full model; prompts included.
         mean_depth: layers per token.
         tokens_s: decoded tokens per second, prompts included in the time.
+        relative: the same, relative to the full model in its turns.
         same_output: share of prompts whose whole continuation is the full model's.
         outputs: token ids.
     """
@@ -70,6 +75,7 @@ class Measured(BaseModel):
     layer_tokens: float
     mean_depth: float
     tokens_s: float
+    relative: float
     same_output: float
     outputs: list[list[int]]
 
@@ -153,6 +159,10 @@ def measure_settings(
         outputs = llm.generate(inputs, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def timed(setting: Setting) -> tuple[list[list[int]], float]:
+        start = time.perf_counter()
+        return run(setting), time.perf_counter() - start
+
     layers = llm.collective_rpc("exit_layers")[0]
     run(wanted[0])  # not measured: the first run compiles and fills caches
     results: list[dict[str, Any]] = []
@@ -160,9 +170,14 @@ def measure_settings(
     tokens = len(prompts) * max_tokens
     for setting in tqdm(wanted, desc="settings"):
         with counting(llm) as spent:
-            start = time.perf_counter()
-            outputs = run(setting)
-            seconds = time.perf_counter() - start
+            outputs, seconds = timed(setting)
+        times = [seconds]
+        ratios: list[float] = []
+        for turn in range(ROUNDS):
+            full_seconds = timed(wanted[0])[1]
+            if turn:
+                times.append(timed(setting)[1])
+            ratios.append(full_seconds / times[-1])
         full = full or outputs
         with counting(llm, shadow=1.0) as watched:
             run(setting)
@@ -174,7 +189,8 @@ def measure_settings(
                 agreement=watched.agreement(tokens),
                 layer_tokens=share,
                 mean_depth=layers * share,
-                tokens_s=tokens / seconds,
+                tokens_s=tokens / statistics.median(times),
+                relative=statistics.median(ratios),
                 same_output=same / len(prompts),
                 outputs=outputs,
             ).model_dump()
@@ -204,7 +220,7 @@ def settings_table(rows: Sequence[Measured], scores: Sequence[float | None], tit
             f"{row.layer_tokens:.3f}",
             f"{row.mean_depth:.2f}",
             f"{row.tokens_s:.1f}",
-            f"{row.tokens_s / rows[0].tokens_s:.3f}",
+            f"{row.relative:.3f}",
             "" if score is None else f"{score:.3f}",
         )
     return table
