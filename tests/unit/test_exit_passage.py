@@ -26,8 +26,11 @@ def test_waiting_tokens_catch_up_where_leaving_does_not_pay() -> None:
     assert departure.leaves.tolist() == [True, True, False, False]
     assert ledger.backlog == 2
 
-    flat = Column((1, 8), (1, 1))
-    passage = step(Preference(Costs(flat, [flat] * 3, 0.0, None, 8)), ledger, 2)
+    # A cut by itself would pay; that steps of this size gain by it was not seen yet.
+    part = Column((1, 2, 4, 8), (1, 1, 2, 2))
+    costs = Costs(part, [part] * 3, 0.0, None, 8)
+    assert costs.gain(0, tokens=6, staying=2, leaving=2) > 0
+    passage = step(Preference(costs), ledger, 2)
     assert passage.waits
     assert not passage.may_leave
     for exit in range(2):
