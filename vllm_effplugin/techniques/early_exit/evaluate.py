@@ -169,15 +169,13 @@ def measure_settings(
     full: list[list[int]] = []
     tokens = len(prompts) * max_tokens
     for setting in tqdm(wanted, desc="settings"):
-        with counting(llm) as spent:
-            outputs, seconds = timed(setting)
-        times = [seconds]
+        times: list[float] = []
         ratios: list[float] = []
-        for turn in range(ROUNDS):
-            full_seconds = timed(wanted[0])[1]
-            if turn:
-                times.append(timed(setting)[1])
-            ratios.append(full_seconds / times[-1])
+        for _ in range(ROUNDS):
+            with counting(llm) as spent:
+                outputs, seconds = timed(setting)
+            times.append(seconds)
+            ratios.append(timed(wanted[0])[1] / seconds)
         full = full or outputs
         with counting(llm, shadow=1.0) as watched:
             run(setting)

@@ -10,7 +10,6 @@ same. At an exit, the batch is cut where the rows that leave are worth it (`step
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -38,6 +37,7 @@ from vllm_effplugin.techniques.early_exit.measure import (
     CUTTING_ROWS,
     SIZES,
     Rehearsal,
+    clock,
 )
 from vllm_effplugin.techniques.early_exit.passage import Wishes
 from vllm_effplugin.techniques.early_exit.request import (
@@ -99,13 +99,6 @@ def _whole(
         if exit is not None:
             exits += _tail(trunk, exit, positions, hidden, residual)
     return trunk.norm(hidden, residual)[0], *exits
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 class ExitLoop:
@@ -282,13 +275,13 @@ class ExitLoop:
         passage = run.passage
         in_segments = passage.waits or (passage.may_leave and wishes.count > 0)
         looks = wishes.count > 0 and self.preference.looks()
-        began = _clock(positions.device) if looks else 0.0
+        began = clock(positions.device) if looks else 0.0
         if in_segments:
             hidden = run.in_segments(self.trunk.embed(input_ids, inputs_embeds))
         else:
             hidden = run.as_one(inputs_embeds)
         if looks:
-            seconds = float(self.agreed(np.array([_clock(positions.device) - began]))[0])
+            seconds = float(self.agreed(np.array([clock(positions.device) - began]))[0])
             self.preference.learn(
                 passage.tokens,
                 passage.leavable(len(self.exits)),

@@ -31,6 +31,13 @@ CUTTING_ROWS = 16
 """Most rows of the batch whose cutting is measured."""
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 class Rehearsal:
     """Takes the place of a step in the runner's dummy run, attention included, and measures.
 
@@ -123,7 +130,6 @@ class Rehearsal:
                 its first time does not count, so that caches hold what they hold in a run of such
                 steps; the steps take turns, so that a drift falls on all alike.
         """
-        synchronize = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
         best = [[np.inf] * len(calls) for calls in steps]
         end = time.perf_counter() + MEASURING_SECONDS
         for round in range(MEASURING_ROUNDS):
@@ -133,12 +139,10 @@ class Rehearsal:
             for index, calls in enumerate(steps):
                 for repeat in range(REPEATS):
                     for place, call in enumerate(calls):
-                        synchronize()
-                        start = time.perf_counter()
+                        start = clock(device)
                         call()
-                        synchronize()
+                        taken = clock(device) - start
                         if repeat:
-                            taken = time.perf_counter() - start
                             best[index][place] = min(best[index][place], taken)
         return best
 
