@@ -15,6 +15,7 @@ import torch
 import transformers
 
 LAYERS = 12
+CLASSES = 3
 VOCAB = 256
 
 _COMMON: dict[str, Any] = {
@@ -37,20 +38,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+BERT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
 def architecture(family: str) -> str:
     """The family's stock architecture name."""
     return FAMILIES[family][0]
 
 
+def make_classifier(folder: Path, family: str = "Llama", **changes: Any) -> Path:
+    """The same for a classifier; BERT too."""
+    special = BERT if family == "Bert" else {**_COMMON, **FAMILIES[family][1]}
+    name = f"{family}ForSequenceClassification"
+    return _make(folder, family, name, {**special, "num_labels": CLASSES, **changes})
+
+
 def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Path:
     """Write a random fp32 checkpoint whose norms, biases and deltas all matter to the logits."""
     name, special = FAMILIES[family]
-    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **special, **changes})
+    return _make(folder, family, name, {**_COMMON, **special, **changes})
+
+
+def _make(folder: Path, family: str, name: str, settings: dict[str, Any]) -> Path:
+    config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
     model = getattr(transformers, name)(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name:
+            if "norm" in parameter_name.lower() and parameter_name.endswith("weight"):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             elif parameter_name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))

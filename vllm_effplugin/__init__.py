@@ -20,3 +20,8 @@ def register() -> None:
     from vllm_effplugin.engine.registration import register_models
 
     register_models()
+
+
+def classify_io_processor() -> str:
+    """Entry point of `vllm.io_processor_plugins`: where its class is."""
+    return "vllm_effplugin.engine.io_processor.ClassifyProcessor"

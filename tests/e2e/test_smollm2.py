@@ -19,7 +19,7 @@ import pytest
 from tests.tiny import counters, engine, isolated, overrides
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
-from vllm_effplugin.engine.admission import VERIFY
+from vllm_effplugin.engine.settings import VERIFY
 from vllm_effplugin.techniques.early_exit.step import pseudo_random
 
 PROMPTS = [

@@ -16,12 +16,8 @@ from vllm_effplugin.config.checkpoint import (
     replaced_tensor_names,
     write_checkpoint,
 )
-from vllm_effplugin.engine.admission import (
-    EXIT_WORKERS,
-    UNTESTED,
-    VERIFY,
-    EfficiencyAdmission,
-)
+from vllm_effplugin.engine.admission import EfficiencyAdmission
+from vllm_effplugin.engine.settings import UNTESTED, VERIFY, WORKERS
 from vllm_effplugin.errors import UnsupportedError
 
 PAIRS = {"layer_parallel": {"groups": [[2, 3], [4, 5]]}}
@@ -105,7 +101,7 @@ def test_exits_on_gpus_are_refused_unless_asked_for(tiny, monkeypatch):
     vllm_config.compilation_config.cudagraph_mode = None
     EfficiencyAdmission.verify_and_update_config(vllm_config)
     assert vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
-    assert vllm_config.parallel_config.worker_cls == EXIT_WORKERS["cuda"]
+    assert vllm_config.parallel_config.worker_cls == WORKERS["cuda"]
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     with pytest.raises(UnsupportedError, match=r"cudagraph_mode=FULL_AND_PIECEWISE.*PIECEWISE"):
         EfficiencyAdmission.verify_and_update_config(vllm_config)

@@ -27,7 +27,8 @@ from tests.engine.test_layer_parallel_logits import (
 from tests.tiny import VOCAB, counters, engine, overrides
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
-from vllm_effplugin.engine.admission import UNTESTED, VERIFY
+from vllm_effplugin.engine.graphs import Tokens
+from vllm_effplugin.engine.settings import UNTESTED, VERIFY
 from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.evaluate import Measured, measure_settings
@@ -35,7 +36,7 @@ from vllm_effplugin.techniques.early_exit.evaluate import settings as exit_setti
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.forecast import Machine, forecast, measure_machine
 from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
-from vllm_effplugin.techniques.early_exit.step import StepRun, _Tokens, pseudo_random
+from vllm_effplugin.techniques.early_exit.step import StepRun, pseudo_random
 from vllm_effplugin.techniques.early_exit.training import new_block
 
 TOLERANCE = 1e-3
@@ -88,7 +89,7 @@ def exiting(checkpoint: Path, family: str = "Llama", **options: Any) -> Iterator
         **{**MIXED_BATCHES, **options},
     ) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        yield llm, Trace(worker.model_runner.get_model().model.exit_loop)
+        yield llm, Trace(worker.model_runner.get_model().loop)
 
 
 class Replay:
@@ -627,7 +628,7 @@ def test_padded_segments(tiny, policy, monkeypatch):
 
         def padded(run):
             [metadata, *_] = get_forward_context().attn_metadata.values()
-            return _Tokens(run._step.common.slot_mapping, run._positions, metadata, inputs)
+            return Tokens(run._step.common.slot_mapping, run._positions, metadata, inputs)
 
         trace.loop.segments[-1] = observed
         monkeypatch.setattr(StepRun, "_all_tokens", padded)

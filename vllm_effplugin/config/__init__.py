@@ -5,9 +5,18 @@ This package imports neither vLLM nor torch.
 
 from vllm_effplugin.config.efficiency import (
     ARCHITECTURES,
+    CLASSIFIERS,
+    LANGUAGE_MODELS,
     EfficiencyConfig,
     efficient_architecture,
     parse_efficiency,
 )
 
-__all__ = ["ARCHITECTURES", "EfficiencyConfig", "efficient_architecture", "parse_efficiency"]
+__all__ = [
+    "ARCHITECTURES",
+    "CLASSIFIERS",
+    "LANGUAGE_MODELS",
+    "EfficiencyConfig",
+    "efficient_architecture",
+    "parse_efficiency",
+]

@@ -144,6 +144,9 @@ def added_tensors(
     Args:
         base: names and shapes of the base model's tensors.
     """
+    if efficiency.joint_exit is not None:
+        classes = len(model_config.get("id2label") or (0, 1))
+        return efficiency.joint_exit.tensors(int(model_config["hidden_size"]), classes)
     if efficiency.early_exit is None:
         return {}
     first = "model.layers.0."

@@ -9,14 +9,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
+from vllm_effplugin.techniques.joint_exit.config import JointExitConfig
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 
-ARCHITECTURES: dict[str, str] = {
+LANGUAGE_MODELS: dict[str, str] = {
     "LlamaForCausalLM": "EfficientLlamaForCausalLM",
     "MistralForCausalLM": "EfficientMistralForCausalLM",
     "Qwen2ForCausalLM": "EfficientQwen2ForCausalLM",
     "Qwen3ForCausalLM": "EfficientQwen3ForCausalLM",
 }
+CLASSIFIERS: dict[str, str] = {
+    "LlamaForSequenceClassification": "EfficientLlamaForSequenceClassification",
+    "MistralForSequenceClassification": "EfficientMistralForSequenceClassification",
+    "Qwen2ForSequenceClassification": "EfficientQwen2ForSequenceClassification",
+    "Qwen3ForSequenceClassification": "EfficientQwen3ForSequenceClassification",
+    "BertForSequenceClassification": "EfficientBertForSequenceClassification",
+}
+ARCHITECTURES = LANGUAGE_MODELS | CLASSIFIERS
 """Stock architecture name -> ours, as written to `architectures` in `config.json`."""
 
 
@@ -32,6 +41,9 @@ class EfficiencyConfig(BaseModel):
     early_exit: EarlyExitConfig | None = Field(
         None, description="Points where tokens may leave the stack (DYNAMAX)."
     )
+    joint_exit: JointExitConfig | None = Field(
+        None, description="Points where whole sequences may leave a classifier (JEI-DNN)."
+    )
     split_after: tuple[int, ...] = Field(
         (),
         description="Compile the stack in segments that end after these layers. Computes the "
@@ -42,7 +54,8 @@ class EfficiencyConfig(BaseModel):
     def has_tensors(self) -> bool:
         """Whether there has to be a file of extra tensors."""
         trained = self.layer_parallel is not None and self.layer_parallel.trained
-        return trained or (self.early_exit is not None and self.early_exit.has_tensors)
+        exits = self.early_exit is not None and self.early_exit.has_tensors
+        return trained or exits or self.joint_exit is not None
 
     def validate_for(self, num_layers: int) -> None:
         """Check what depends on the model: layer indices lie inside it.
@@ -59,6 +72,14 @@ class EfficiencyConfig(BaseModel):
             self.early_exit.check_depths(num_layers)
             if self.split_after and self.early_exit.exits:
                 raise ConfigError("efficiency.split_after has no meaning with exits; leave it out")
+        if self.joint_exit is not None:
+            self.joint_exit.check_depths(num_layers)
+            for other in ("early_exit", "layer_parallel", "split_after"):
+                if getattr(self, other):
+                    raise ConfigError(
+                        f"efficiency.joint_exit and efficiency.{other} are not supported together: "
+                        "leave one of them out"
+                    )
 
 
 def parse_efficiency(block: Any) -> EfficiencyConfig:

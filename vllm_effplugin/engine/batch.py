@@ -37,12 +37,14 @@ class Rows:
         starts: first position that the step computes.
         lengths: number of positions that it computes.
         decodes: whether that is one position behind the prompt, from which a token is sampled.
+        completes: whether the step computes the last position of the prompt, or one behind it.
     """
 
     slots: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     decodes: np.ndarray
+    completes: np.ndarray
 
 
 class RowSource(Protocol):
@@ -196,6 +198,12 @@ def one_token_each(
             changed[name] = value
     later = Step(common.replace(**changed), step.builder)
     return subset(later, rows, np.ones(len(rows), dtype=np.int64), slot_mapping, at)
+
+
+def ranges(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each length, one after another."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 @contextmanager

@@ -8,6 +8,9 @@ a boundary reads from here: persistent tensors, filled up to a number of tokens 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
+
+from vllm_effplugin.engine.batch import running_on
 
 NO_SLOT = -1
 """Cache slot of a token that is none: what kernels do not write."""
@@ -73,6 +78,14 @@ class GraphInputs:
         self._residual[:count] = residual[:count]
         return self._positions[:size], self._hidden[:size], self._residual[:size]
 
+    def placed(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """The same compiled part, reading its inputs where CUDA graphs expect them."""
+
+        def call(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Any:
+            return part(*self.place(positions, hidden, residual))
+
+        return call
+
     def context(self, slot_mapping: Tensor) -> dict[str, Any]:
         """What the forward context says of a batch other than the step's.
 
@@ -90,3 +103,25 @@ class GraphInputs:
             "cudagraph_runtime_mode": CUDAGraphMode.PIECEWISE,
             "batch_descriptor": BatchDescriptor(num_tokens=size),
         }
+
+
+@dataclass
+class Tokens:
+    """The tokens of a batch, on the device.
+
+    Attributes:
+        slot_mapping, positions: per token.
+        metadata: attention metadata; None for the step's own.
+        graphs: knows which CUDA graphs there are.
+    """
+
+    slot_mapping: Tensor
+    positions: Tensor
+    metadata: Any = None
+    graphs: GraphInputs | None = None
+
+    def context(self) -> AbstractContextManager[None]:
+        """Layers called in it run on these tokens."""
+        if self.graphs is None:
+            return nullcontext()
+        return running_on(self.metadata, **self.graphs.context(self.slot_mapping))

@@ -13,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 
-from vllm_effplugin.engine.admission import VERIFY
+from vllm_effplugin.engine.settings import VERIFY
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.request import parse_exit_request
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 
-from vllm_effplugin.config import ARCHITECTURES
+from vllm_effplugin.config import CLASSIFIERS, LANGUAGE_MODELS
 from vllm_effplugin.engine.admission import EfficiencyAdmission
 
 
@@ -18,7 +18,8 @@ def register_models() -> None:
     is touched (patches/README.md, "architecture hook").
     """
     known = ModelRegistry.get_supported_archs()
-    for name in ARCHITECTURES.values():
-        if name not in known:
-            ModelRegistry.register_model(name, f"vllm_effplugin.models.families:{name}")
-        MODELS_CONFIG_MAP[name] = EfficiencyAdmission
+    for module, names in (("families", LANGUAGE_MODELS), ("classifiers", CLASSIFIERS)):
+        for name in names.values():
+            if name not in known:
+                ModelRegistry.register_model(name, f"vllm_effplugin.models.{module}:{name}")
+            MODELS_CONFIG_MAP[name] = EfficiencyAdmission

@@ -9,34 +9,43 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_effplugin.engine.admission import efficiency_of
+from vllm_effplugin.engine.settings import efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
+from vllm_effplugin.techniques.joint_exit.request import parse_sequence_request
 
 
 class _SaltedRequests:
     """Requests whose cache entries are not the model's alone share blocks with their like only.
 
     The prefix cache finds blocks by a hash over their tokens, which starts from the request's
-    `cache_salt`. Such a request gets one that names its policy.
+    `cache_salt`. Such a request gets one that names its policy. A sequence that may leave a
+    classifier has no like: where it leaves, entries are missing that nothing makes up for.
     """
 
     def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
-        early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
-        assert early_exit is not None
-        self._early_exit = early_exit
+        self._efficiency = efficiency_of(vllm_config.model_config.hf_config)
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
         if request.resumable and params is not None:
             # A session that goes on with further input keeps its cache, which must owe nothing.
             params.extra_args = {**(params.extra_args or {}), "exit": False}
-        policy = cache_policy(self._early_exit, params.extra_args if params else None)
+        policy = self._policy(request)
         if policy is not None and request.request_id not in self.requests:  # type: ignore[attr-defined]
             request.cache_salt = f"{request.cache_salt or ''}|{policy}"
             request.block_hashes.clear()
             request.update_block_hashes()
         super().add_request(request)  # type: ignore[misc]
+
+    def _policy(self, request: Request) -> str | None:
+        """What a request's entries have to be told from others by; None where by nothing."""
+        if self._efficiency.early_exit is not None:
+            params = request.sampling_params
+            return cache_policy(self._efficiency.early_exit, params.extra_args if params else None)
+        params = request.pooling_params
+        may_leave = parse_sequence_request(params.extra_kwargs if params else None).exit
+        return f"joint_exit:{request.request_id}" if may_leave else None
 
 
 class _SaltedScheduler(_SaltedRequests, Scheduler):

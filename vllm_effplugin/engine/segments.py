@@ -54,8 +54,26 @@ class _Part(nn.Module):
             setattr(self, name, (value,))
 
 
-def _segment(self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Pair:
+def segment(self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Pair:
+    """Forward function of a part: its units."""
     return run_units(self.units, self.owned[0].layers, positions, hidden, residual)
+
+
+def to_end(self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """Forward function of a part: its units, which are the last, and the final norm."""
+    trunk = self.owned[0]
+    hidden, residual = run_units(self.units, trunk.layers, positions, hidden, residual)
+    return trunk.norm(hidden, residual)[0]
+
+
+def whole_stack(
+    self: Any, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+) -> Tensor:
+    """Forward function of a part: embedding, all units, final norm."""
+    trunk = self.owned[0]
+    hidden = trunk.embed(input_ids, inputs_embeds)
+    hidden, residual = run_units(self.units, trunk.layers, positions, hidden, None)
+    return trunk.norm(hidden, residual)[0]
 
 
 def compiled_part(
@@ -98,6 +116,6 @@ def build_segments(
     if not plan.boundaries:
         return None
     return nn.ModuleList(
-        compiled_part(_segment, f"Segment{index}", trunk, segment.units, vllm_config, prefix)
-        for index, segment in enumerate(plan.segments)
+        compiled_part(segment, f"Segment{index}", trunk, part.units, vllm_config, prefix)
+        for index, part in enumerate(plan.segments)
     )

@@ -24,7 +24,7 @@ class ExitProposer:
 
     def load_model(self, model: Any) -> None:
         """Called by the runner with the model that it has loaded."""
-        self._loop = getattr(getattr(model, "model", None), "exit_loop", None)
+        self._loop = getattr(model, "loop", None)
         if self._loop is None:
             raise UnsupportedError(
                 "--speculative-config asks for verified early exits, but the model has no exits: "

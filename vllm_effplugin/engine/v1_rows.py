@@ -20,7 +20,7 @@ class V1Rows:
 
     Args:
         runner: the model runner.
-        admit: called with a slot and the request's sampling parameters when it gets the slot.
+        admit: called with a slot and the request's parameters when it gets the slot.
         release: called with the slot when the request has ended or lost its cache.
     """
 
@@ -63,11 +63,13 @@ class V1Rows:
             & (starts >= batch.num_prompt_tokens[:count])
             & (starts + 1 >= batch.num_tokens_no_spec[:count])
         )
-        return Rows(slots, starts, lengths, decodes)
+        completes = starts + lengths >= batch.num_prompt_tokens[:count]
+        return Rows(slots, starts, lengths, decodes, completes)
 
     def _slot(self, request: str) -> int:
         slot = self._slot_of.get(request)
         if slot is None:
             slot = self._slot_of[request] = self._free.pop()
-            self._admit(slot, self._runner.requests[request].sampling_params)
+            state = self._runner.requests[request]
+            self._admit(slot, state.sampling_params or state.pooling_params)
         return slot

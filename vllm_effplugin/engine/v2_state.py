@@ -46,7 +46,9 @@ class V2Rows:
         lengths = batch.num_scheduled_tokens.astype(np.int64)
         # What a preempted request had generated counts as its prompt here.
         decodes = (lengths == 1) & ~batch.is_prefilling_np
-        return Rows(slots, batch.num_computed_tokens_np.astype(np.int64), lengths, decodes)
+        starts = batch.num_computed_tokens_np.astype(np.int64)
+        completes = starts + lengths >= batch.prefill_len_np
+        return Rows(slots, starts, lengths, decodes, completes)
 
 
 class RowsModelState(DefaultModelState):
@@ -62,7 +64,8 @@ class RowsModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self._slot_of[new_req_data.req_id] = req_index
         self._rows.forget()
-        self.model.admit_request(req_index, new_req_data.sampling_params)
+        params = new_req_data.sampling_params or new_req_data.pooling_params
+        self.model.admit_request(req_index, params)
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_effplugin.engine.admission import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
+from vllm_effplugin.engine.settings import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
 from vllm_effplugin.engine.v1_rows import V1Rows
 from vllm_effplugin.errors import UnsupportedError
+from vllm_effplugin.techniques.joint_exit.config import JointExitConfig
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -47,8 +49,8 @@ class EffpluginWorker(Worker):
             model.attach(self._v1_rows)
         elif not self._exits.attached:
             raise UnsupportedError(
-                "vLLM's model runner V2 did not ask the model for its state, without which tokens "
-                "cannot leave early: `effplugin doctor` names what changed in vLLM"
+                "vLLM's model runner V2 did not ask the model for its state, without which nothing "
+                "can leave early: `effplugin doctor` names what changed in vLLM"
             )
 
     def take_draft_token_ids(self) -> Any:
@@ -95,19 +97,30 @@ class EffpluginWorker(Worker):
 
     @property
     def _exits(self) -> Any:
-        return self.model_runner.get_model().model.exit_loop
+        return self.model_runner.get_model().loop
+
+    def loop_counters(self) -> dict[str, Any]:
+        """What the model did since the start."""
+        return self._exits.counters.as_dict()
 
     def exit_costs(self) -> dict[str, Any]:
         """What the exits' costs were measured to be."""
         return self._exits.describe_costs()
 
-    def exit_counters(self) -> dict[str, Any]:
-        """What the exits did since the start."""
-        return self._exits.counters.as_dict()
-
     def exit_layers(self) -> int:
         """Layers of the model."""
         return self._exits.num_layers
+
+    def set_classifier_exits(self, config: str, tensors: str) -> None:
+        """From now on, classify with other heads, gates and rule at the same depths.
+
+        Args:
+            config: of the exits, as JSON.
+            tensors: file of their tensors.
+        """
+        self._exits.replace(
+            JointExitConfig.model_validate_json(config), load_file(tensors, str(self.device))
+        )
 
     def set_exit_shadow(self, share: float) -> None:
         """From now on, compare this share of the tokens that leave with the full model."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -31,11 +30,10 @@ from vllm.model_executor.models.qwen3 import (
     Qwen3Model,
 )
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.sampling_params import SamplingParams
 
-from vllm_effplugin.config.checkpoint import EXTRA_FOLDER
-from vllm_effplugin.engine.admission import efficiency_of, plan_for
-from vllm_effplugin.engine.batch import RowSource
+from vllm_effplugin.engine.loop import TrunkLoop
+from vllm_effplugin.engine.settings import plan_for
+from vllm_effplugin.models.looped import EXTRA_PREFIX, LoopedModel
 from vllm_effplugin.models.trunk import (
     LayerFactory,
     PlannedTrunk,
@@ -43,8 +41,6 @@ from vllm_effplugin.models.trunk import (
     compile_trunk,
 )
 from vllm_effplugin.techniques.layer_parallel.layer import MemberNorm
-
-_EXTRA_PREFIX = f"{EXTRA_FOLDER}."
 
 
 def _llama_attention(cls: type[LlamaAttention], *, bias: bool | None = None) -> Any:
@@ -154,14 +150,7 @@ class EfficientQwen3Model(PlannedTrunk, Qwen3Model):
         self.arrange(vllm_config, prefix, layers)
 
 
-def _rows_model_state() -> type[Any]:
-    """Runner V2 asks for it; imported then, because it needs what runner V2 needs."""
-    from vllm_effplugin.engine.v2_state import RowsModelState
-
-    return RowsModelState
-
-
-class _EfficientForCausalLM(nn.Module):
+class _EfficientForCausalLM(LoopedModel):
     """What the families share: a planned trunk, the head, and loading through the plan."""
 
     trunk_class: ClassVar[type[Any]]
@@ -186,59 +175,18 @@ class _EfficientForCausalLM(nn.Module):
             hf_config.vocab_size, scale=getattr(hf_config, "logit_scale", 1.0)
         )
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        self.secondary_weights = self._extra_files(vllm_config)
-        if self.model.exit_loop is not None:
-            # vLLM looks whether a model has this; without exits its own choice stands.
-            self.get_model_state_cls = _rows_model_state
+        self.connect(vllm_config)
 
-    @staticmethod
-    def _extra_files(vllm_config: VllmConfig) -> tuple[DefaultModelLoader.Source, ...]:
-        """The checkpoint's extra tensors, which the loader streams after the base model's."""
-        if not efficiency_of(vllm_config.model_config.hf_config).has_tensors:
-            return ()
-        return (
-            DefaultModelLoader.Source(
-                vllm_config.model_config.model,
-                vllm_config.model_config.revision,
-                subfolder=EXTRA_FOLDER,
-                prefix=_EXTRA_PREFIX,
-                allow_patterns_overrides=["*.safetensors"],
-            ),
-        )
+    @property
+    def loop(self) -> TrunkLoop | None:
+        return self.model.loop
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load checkpoint tensors, named as in the stock model."""
-        loaded = super().load_weights(arranged_weights(weights, self, _EXTRA_PREFIX))
-        if self.model.exit_loop is not None:
-            self.model.exit_loop.weights_loaded()
+        loaded = super().load_weights(arranged_weights(weights, self, EXTRA_PREFIX))
+        if self.loop is not None:
+            self.loop.weights_loaded()
         return loaded
-
-    # --- What a runner calls that knows requests (engine/v1_rows.py, v2_state.py) ---------------
-
-    def attach(self, source: RowSource) -> None:
-        """Where the rows of a step come from."""
-        if self.model.exit_loop is not None:
-            self.model.exit_loop.attach(source, self.compute_logits)
-
-    def admit_request(self, slot: int, params: SamplingParams | None) -> None:
-        """A request takes one of the runner's slots."""
-        if self.model.exit_loop is not None:
-            self.model.exit_loop.admit(slot, params.extra_args if params else None)
-
-    def release_request(self, slot: int) -> None:
-        """The request in a slot has ended or lost its cache."""
-        if self.model.exit_loop is not None:
-            self.model.exit_loop.release(slot)
-
-    def measure_costs(self, run_dummy: Callable[[int], bool]) -> None:
-        """The engine is ready: measure what depends on the machine.
-
-        Args:
-            run_dummy: runs the model on so many tokens of requests that are none; false where
-                there is no room for them.
-        """
-        if self.model.exit_loop is not None:
-            self.model.exit_loop.measure_costs(run_dummy)
 
 
 class EfficientLlamaForCausalLM(_EfficientForCausalLM, LlamaForCausalLM):

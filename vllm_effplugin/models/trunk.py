@@ -7,7 +7,7 @@ runs uncompiled between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -17,12 +17,22 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from vllm_effplugin.engine.admission import efficiency_of, plan_for
 from vllm_effplugin.engine.batch import remember_batches
-from vllm_effplugin.engine.segments import build_segments, run_units
-from vllm_effplugin.plan import Plan
+from vllm_effplugin.engine.graphs import GraphInputs
+from vllm_effplugin.engine.loop import TrunkLoop
+from vllm_effplugin.engine.segments import (
+    build_segments,
+    compiled_part,
+    run_units,
+    segment,
+    to_end,
+    whole_stack,
+)
+from vllm_effplugin.engine.settings import efficiency_of, plan_for
+from vllm_effplugin.plan import Plan, Unit
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.loop import ExitLoop
+from vllm_effplugin.techniques.joint_exit.loop import SequenceExitLoop, Stack
 from vllm_effplugin.techniques.layer_parallel.layer import (
     AttentionFactory,
     LayerGroup,
@@ -104,10 +114,12 @@ class PlannedTrunk(nn.Module):
         Args:
             factory: that built the layers.
         """
-        self.exit_loop: ExitLoop | None = None
+        self.loop: TrunkLoop | None = None
         self.segments = None
         if self.plan.has_exits:
             self._arrange_exits(vllm_config, prefix, factory)
+        elif self.plan.has_sequence_exits:
+            self._arrange_sequence_exits(vllm_config, prefix)
         else:
             self.segments = build_segments(self.plan, self, vllm_config, prefix)
 
@@ -123,7 +135,37 @@ class PlannedTrunk(nn.Module):
         blocks = (exit.block for exit in exits)
         for layer in (*self.layers, *(block for block in blocks if block is not None)):
             remember_batches(layer.self_attn.attn)
-        self.exit_loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
+        self.loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
+
+    def _arrange_sequence_exits(self, vllm_config: VllmConfig, prefix: str) -> None:
+        for layer in self.layers:
+            remember_batches(layer.self_attn.attn)
+        *before, last = self.plan.segments
+        graphs = GraphInputs(vllm_config, self.norm.weight.numel(), vllm_config.model_config.dtype)
+
+        def part(forward: Callable[..., Any], name: str, units: Sequence[Unit]) -> nn.Module:
+            return compiled_part(forward, name, self, units, vllm_config, prefix)
+
+        joint_exit = efficiency_of(vllm_config.model_config.hf_config).joint_exit
+        assert joint_exit is not None
+        self.loop = SequenceExitLoop(
+            Stack(
+                layer_name=self.layers[0].self_attn.attn.layer_name,
+                embed=lambda ids, _, embeds: self.embed(ids, embeds),
+                segments=[
+                    graphs.placed(part(segment, f"ToExit{index}", each.units))
+                    for index, each in enumerate(before)
+                ],
+                to_end=graphs.placed(part(to_end, "ToEnd", last.units)),
+                plain=part(whole_stack, "Plain", self.plan.units),
+                read=lambda hidden, residual: self.norm(hidden + residual),
+                place="last",
+                graphs=graphs,
+            ),
+            joint_exit,
+            len(self.layers),
+            vllm_config,
+        )
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """What the first layer reads, `[T, d]`."""
@@ -137,15 +179,15 @@ class PlannedTrunk(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Hidden states `[T, d]` after the final norm, from `[T]` token ids or their embeddings."""
-        if self.exit_loop is not None:
-            return self.exit_loop(input_ids, positions, inputs_embeds)
+        if self.loop is not None:
+            return self.loop(input_ids, positions, inputs_embeds)
         hidden = self.embed(input_ids, inputs_embeds)
         residual = None
         if self.segments is None:
             hidden, residual = run_units(self.plan.units, self.layers, positions, hidden, residual)
         else:
-            for segment, _boundary in zip_longest(self.segments, self.plan.boundaries):
-                hidden, residual = segment(positions, hidden, residual)
+            for part, _boundary in zip_longest(self.segments, self.plan.boundaries):
+                hidden, residual = part(positions, hidden, residual)
         hidden, _ = self.norm(hidden, residual)
         return hidden
 

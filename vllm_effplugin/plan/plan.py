@@ -35,7 +35,7 @@ class Boundary:
     """A point after layer `after` where rows may leave or join the batch.
 
     `kind` names what happens there. `split` does nothing: rows pass unchanged. At an `exit`
-    tokens may leave.
+    tokens may leave, at a `sequence_exit` whole prompts.
     """
 
     after: int
@@ -80,6 +80,11 @@ class Plan:
     def has_exits(self) -> bool:
         """Whether tokens may leave somewhere."""
         return any(boundary.kind == "exit" for boundary in self.boundaries)
+
+    @property
+    def has_sequence_exits(self) -> bool:
+        """Whether whole prompts may leave somewhere."""
+        return any(boundary.kind == "sequence_exit" for boundary in self.boundaries)
 
     @property
     def is_trivial(self) -> bool:
@@ -135,9 +140,11 @@ def build_plan(config: EfficiencyConfig, num_layers: int) -> Plan:
         layer = unit.layers[-1] + 1
 
     exits = config.early_exit.exits if config.early_exit else ()
+    sequence_exits = config.joint_exit.exits if config.joint_exit else ()
     boundaries = (
         *(Boundary(layer) for layer in config.split_after),
         *(Boundary(point.depth - 1, "exit") for point in exits),
+        *(Boundary(point.depth - 1, "sequence_exit") for point in sequence_exits),
     )
     boundaries = tuple(sorted(boundaries, key=lambda boundary: boundary.after))
     segments: list[Segment] = []

@@ -1,4 +1,4 @@
-"""A training loop over windows of token ids that can be interrupted.
+"""Training loops that can be interrupted.
 
 Shapes: `N` windows, `S` positions, `B` windows per step.
 """
@@ -28,7 +28,6 @@ class TrainerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int = Field(ge=1, description="Training tokens; the text repeats when it is shorter.")
     learning_rate: float = Field(1e-4, gt=0)
     warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps.")
     batch: int = Field(4, ge=1, description="Sequences per step.")
@@ -36,26 +35,42 @@ class TrainerSettings(BaseModel):
     seed: int = 0
     save_seconds: float = Field(60.0, ge=0, description="Time between two saved states.")
 
+
+class WindowTrainerSettings(TrainerSettings):
+    """What a training over windows of text has to know besides."""
+
+    tokens: int = Field(ge=1, description="Training tokens; the text repeats when it is shorter.")
+
     def steps(self, sequence_length: int) -> int:
         """Optimiser steps: at least `tokens` tokens."""
         return math.ceil(self.tokens / (self.batch * sequence_length))
 
 
-class WindowTrainer(ABC):
+class Trainer(ABC):
     """AdamW with linear warm-up and a cosine, from a saved state where there is one.
 
     Args:
         settings: how to train.
-        tokens: `[N, S]` training token ids.
+        rows: number of things to train on.
+        steps: of the optimiser.
         label: of the progress bar, and of the files of the saved state.
+        unit: what a row is, or of what it has `per_row`.
     """
 
-    def __init__(self, settings: TrainerSettings, tokens: Tensor, label: str) -> None:
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        rows: int,
+        steps: int,
+        label: str,
+        unit: str = "row",
+        per_row: int = 1,
+    ) -> None:
         self._training = settings
         self._label = label
-        self.tokens = tokens
+        self._rows, self._unit, self._per_row = rows, unit, per_row
         self.step = 0
-        self.total_steps = settings.steps(tokens.shape[1])
+        self.total_steps = steps
         self.losses: list[float] = []
         self.seconds = 0.0
         self.trainable: dict[str, nn.Parameter] = {}
@@ -72,7 +87,7 @@ class WindowTrainer(ABC):
 
     @abstractmethod
     def objective(self, rows: Tensor) -> tuple[Tensor, float]:
-        """What is minimised on some windows, and the figure to show for it."""
+        """What is minimised on some rows, and the figure to show for it."""
 
     def train(self, state: Path | None = None, *, stop_after: int | None = None) -> None:
         """Train to the end, from the state in `state` where there is one.
@@ -85,13 +100,12 @@ class WindowTrainer(ABC):
             self._load(state)
         if self.step >= self.total_steps:
             return
-        sequence_length = self.tokens.shape[1]
         saved = time.monotonic()
         with tqdm(
-            total=self.total_steps * self._training.batch * sequence_length,
-            initial=self.step * self._training.batch * sequence_length,
+            total=self.total_steps * self._training.batch * self._per_row,
+            initial=self.step * self._training.batch * self._per_row,
             desc=self._label,
-            unit="tok",
+            unit=self._unit,
             unit_scale=True,
         ) as bar:
             for rows in self._batches():
@@ -100,7 +114,7 @@ class WindowTrainer(ABC):
                 self.step += 1
                 self.seconds += time.monotonic() - started
                 bar.set_postfix(loss=f"{_recent(self.losses):.4f}", refresh=False)
-                bar.update(len(rows) * sequence_length)
+                bar.update(len(rows) * self._per_row)
                 stopping = self.step in (stop_after, self.total_steps)
                 due = time.monotonic() - saved > self._training.save_seconds
                 if state is not None and (stopping or due):
@@ -129,13 +143,17 @@ class WindowTrainer(ABC):
 
     def _batches(self) -> Iterator[Tensor]:
         """Rows of the batches still to come; they depend on seed and step alone."""
-        size = min(self._training.batch, len(self.tokens))
-        per_epoch = len(self.tokens) // size
+        size = min(self._training.batch, self._rows)
+        per_epoch = self._rows // size
         for step in range(self.step, self.total_steps):
             epoch, place = divmod(step, per_epoch)
             generator = torch.Generator().manual_seed(self._training.seed + epoch)
-            order = torch.randperm(len(self.tokens), generator=generator)
+            order = self._order(generator)
             yield order[place * size : (place + 1) * size]
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """All rows, as one pass takes them."""
+        return torch.randperm(self._rows, generator=generator)
 
     def _save(self, folder: Path) -> None:
         """Write weights and optimiser state, then what points at them: never half of a pair."""
@@ -168,6 +186,21 @@ class WindowTrainer(ABC):
                 "exp_avg": tensors[f"exp_avg.{name}"].to(value.device),
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(value.device),
             }
+
+
+class WindowTrainer(Trainer):
+    """The same over windows of token ids.
+
+    Args:
+        settings: how to train.
+        tokens: `[N, S]` training token ids.
+        label: of the progress bar, and of the files of the saved state.
+    """
+
+    def __init__(self, settings: WindowTrainerSettings, tokens: Tensor, label: str) -> None:
+        length = tokens.shape[1]
+        super().__init__(settings, len(tokens), settings.steps(length), label, "tok", length)
+        self.tokens = tokens
 
 
 def _recent(losses: list[float]) -> float:

@@ -113,10 +113,10 @@ def counting(llm: Any, shadow: float = 0.0) -> Iterator[Spent]:
         shadow: share of the tokens that leave that also run all layers.
     """
     llm.collective_rpc("set_exit_shadow", args=(shadow,))
-    before = llm.collective_rpc("exit_counters")[0]
+    before = llm.collective_rpc("loop_counters")[0]
     spent = Spent()
     yield spent
-    after = llm.collective_rpc("exit_counters")[0]
+    after = llm.collective_rpc("loop_counters")[0]
     llm.collective_rpc("set_exit_shadow", args=(0.0,))
     spent.counts = {key: after[key] - before[key] for key in after if key != "exits"}
 

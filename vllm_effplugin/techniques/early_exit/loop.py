@@ -10,26 +10,24 @@ same. At an exit, the batch is cut where the rows that leave are worth it (`step
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group
 
 from vllm_effplugin.engine.batch import RowSource, Step, current_step
 from vllm_effplugin.engine.graphs import GraphInputs
-from vllm_effplugin.engine.segments import compiled_part, run_units
+from vllm_effplugin.engine.loop import TrunkLoop
+from vllm_effplugin.engine.segments import compiled_part, run_units, to_end, whole_stack
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
 from vllm_effplugin.techniques.early_exit.cache_fill import PendingFills, open_fill
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
-from vllm_effplugin.techniques.early_exit.counters import Counters, counters_path, publish
 from vllm_effplugin.techniques.early_exit.draft import DraftRun, Drafts
 from vllm_effplugin.techniques.early_exit.exits import Exit, Tail
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
@@ -46,6 +44,11 @@ from vllm_effplugin.techniques.early_exit.request import (
     thresholds,
 )
 from vllm_effplugin.techniques.early_exit.step import StepRun
+from vllm_effplugin.techniques.early_exit.totals import exit_totals
+
+if TYPE_CHECKING:
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
 
 
 def _tail(
@@ -71,21 +74,6 @@ def _to_exit(
     return _tail(trunk, self.exit[0], positions, hidden, residual)
 
 
-def _to_end(self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Tensor:
-    trunk = self.owned[0]
-    hidden, residual = run_units(self.units, trunk.layers, positions, hidden, residual)
-    return trunk.norm(hidden, residual)[0]
-
-
-def _plain(
-    self: Any, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
-) -> Tensor:
-    trunk = self.owned[0]
-    hidden = trunk.embed(input_ids, inputs_embeds)
-    hidden, residual = run_units(self.units, trunk.layers, positions, hidden, None)
-    return trunk.norm(hidden, residual)[0]
-
-
 def _whole(
     self: Any, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -101,7 +89,7 @@ def _whole(
     return trunk.norm(hidden, residual)[0], *exits
 
 
-class ExitLoop:
+class ExitLoop(TrunkLoop):
     """Runs a trunk whose plan has exits.
 
     Args:
@@ -113,6 +101,7 @@ class ExitLoop:
     def __init__(
         self, trunk: Any, config: EarlyExitConfig, plan: Plan, vllm_config: VllmConfig, prefix: str
     ) -> None:
+        super().__init__(vllm_config, exit_totals(len(trunk.exits)))
         self.config = config
         self.exits: list[Exit] = list(trunk.exits)
         self.num_layers = len(plan.unit_of)
@@ -132,18 +121,17 @@ class ExitLoop:
                 )
                 for i, (segment, exit) in enumerate(zip(before, self.exits, strict=True))
             ),
-            compiled_part(_to_end, "ToEnd", trunk, last.units, vllm_config, prefix),
+            compiled_part(to_end, "ToEnd", trunk, last.units, vllm_config, prefix),
         ]
-        self.segments: list[Callable[..., Any]] = [self.placed(part) for part in parts]
+        self.segments: list[Callable[..., Any]] = [self.graph_inputs.placed(part) for part in parts]
         # Not the graph below without its further results: in bf16 those change what Inductor keeps
         # in fp32. Where nobody may leave, outputs are those of the stock model bit for bit.
-        self.plain = compiled_part(_plain, "Plain", trunk, plan.units, vllm_config, prefix)
+        self.plain = compiled_part(whole_stack, "Plain", trunk, plan.units, vllm_config, prefix)
         behind = {exit.point.depth - 1: exit for exit in self.exits}
         self.whole = compiled_part(
             _whole, "Whole", trunk, plan.units, vllm_config, prefix, exit_behind=behind
         )
         self.fill = open_fill(config, trunk)
-        self.counters = Counters(len(self.exits))
         self.shadow = config.shadow
         self._head_seconds: list[float] = []
         self._plain_seconds: list[float] = []
@@ -151,9 +139,7 @@ class ExitLoop:
         self.on_step: Callable[[StepRun], None] | None = None
         self.compute_logits: Callable[[Tensor], Tensor | None] = lambda hidden: None
         self.trunk = trunk
-        self.vllm_config = vllm_config
         self._layer_name = trunk.layers[0].self_attn.attn.layer_name
-        self._source: RowSource | None = None
         self._last_step: Step | None = None
         self.preference = Preference(None)
         slots = vllm_config.scheduler_config.max_num_seqs
@@ -170,40 +156,18 @@ class ExitLoop:
         self.waiting = torch.empty(2, places, model.get_hidden_size(), dtype=model.dtype)
         self.waiting_slots = torch.zeros(places, dtype=torch.int64)
 
-    def placed(self, part: Callable[..., Any]) -> Callable[..., Any]:
-        """The same part, reading its inputs where CUDA graphs expect them."""
-
-        def call(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> Any:
-            return part(*self.graph_inputs.place(positions, hidden, residual))
-
-        return call
-
     def weights_loaded(self) -> None:
-        """The trunk has its weights, in the layout of the checkpoint."""
         if self.fill is not None:
             self.fill.prepare()
 
     # --- Requests --------------------------------------------------------------------------------
 
-    def attach(self, source: RowSource, compute_logits: Callable[[Tensor], Tensor | None]) -> None:
-        """Where the rows of a step come from, and the language model head."""
-        self._source = source
-        self.compute_logits = compute_logits
-        if get_tp_group().rank_in_group == 0:
-            path = counters_path(
-                self.vllm_config.instance_id, self.vllm_config.parallel_config.data_parallel_index
-            )
-            self.counters = publish(path, len(self.exits))
-            weakref.finalize(self, path.unlink, missing_ok=True)
+    def attach(self, source: RowSource, model: Any) -> None:
+        super().attach(source, model)
+        self.compute_logits = model.compute_logits
 
-    @property
-    def attached(self) -> bool:
-        """Whether a runner shows its rows."""
-        return self._source is not None
-
-    def admit(self, slot: int, extra_args: Mapping[str, Any] | None) -> None:
-        """A request takes a slot. Its wishes were checked when it arrived."""
-        request = parse_exit_request(extra_args)
+    def admit(self, slot: int, params: SamplingParams | PoolingParams | None) -> None:
+        request = parse_exit_request(getattr(params, "extra_args", None))
         leave, draft = thresholds(self.config, request), draft_thresholds(self.config, request)
         for i, exit in enumerate(self.exits):
             self._thresholds[slot, i] = exit.comparable(leave[i])
@@ -211,7 +175,7 @@ class ExitLoop:
         self._open(slot)
 
     def release(self, slot: int) -> None:
-        """The request in a slot has ended or lost its cache: it owes nothing any more."""
+        """The request in a slot owes nothing any more."""
         self._open(slot)
         self.counters.set("pending", self.ledger.backlog)
 
@@ -355,24 +319,11 @@ class ExitLoop:
                     drafts[row] = tokens
         return drafts
 
-    def agreed(self, decisions: np.ndarray) -> np.ndarray:
-        """The first rank's decisions, so that all ranks run the same."""
-        if self.vllm_config.parallel_config.tensor_parallel_size == 1:
-            return decisions
-        group = get_tp_group()
-        shared = torch.from_numpy(decisions).to(group.device)
-        return group.broadcast(shared, src=0).cpu().numpy()
-
     # --- Costs -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def measure_costs(self, run_dummy: Callable[[int], bool]) -> None:
-        """Measure, at the end of start-up, what exits cost and save.
-
-        Args:
-            run_dummy: runs the model on so many tokens, of as many requests as there may be; false
-                where there is no room for them.
-        """
+        """Measure what exits cost and save."""
         if self.config.compaction == "always":
             return
         scheduler = self.vllm_config.scheduler_config

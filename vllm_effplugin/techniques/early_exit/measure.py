@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from vllm_effplugin.engine.batch import Rows, Step
-from vllm_effplugin.techniques.early_exit.counters import Counters
+from vllm_effplugin.engine.counters import Counters
 from vllm_effplugin.techniques.early_exit.passage import Wishes
 from vllm_effplugin.techniques.early_exit.step import StepRun
+from vllm_effplugin.techniques.early_exit.totals import exit_totals
 
 if TYPE_CHECKING:
     from vllm_effplugin.techniques.early_exit.exits import Exit
@@ -104,7 +105,8 @@ class Rehearsal:
         """The time of a step of which every other row leaves, less that of an uncut one."""
         loop, count = self._loop, len(positions)
         ones = np.ones(count, dtype=np.int64)
-        rows = Rows(np.arange(count), np.zeros_like(ones), ones, ones.astype(bool))
+        yes = ones.astype(bool)
+        rows = Rows(np.arange(count), np.zeros_like(ones), ones, yes, yes)
         thresholds = np.full((count, len(loop.exits)), np.inf)
         thresholds[::2, 0] = -np.inf
 
@@ -161,9 +163,9 @@ def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
 
     tails = [state for exit in loop.exits for state in tail(exit, len(hidden))]
     to_end = lambda positions, *_: hidden[: len(positions)]  # noqa: E731
-    loop.segments = [loop.placed(part) for part in (*map(to_exit, loop.exits), to_end)]
+    loop.segments = [loop.graph_inputs.placed(part) for part in (*map(to_exit, loop.exits), to_end)]
     loop.whole = lambda *_: (hidden.clone(), *tails)
-    loop.fills, loop.counters, loop.shadow = None, Counters(len(loop.exits)), 0.0
+    loop.fills, loop.counters, loop.shadow = None, Counters(exit_totals(len(loop.exits))), 0.0
     try:
         yield
     finally:

@@ -9,44 +9,20 @@ the step ("row"), unless said otherwise; a row's tokens end at its last position
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_effplugin.engine.batch import Rows, Step, running_on, subset
-from vllm_effplugin.engine.graphs import GraphInputs
+from vllm_effplugin.engine.batch import Rows, Step, ranges, subset
+from vllm_effplugin.engine.graphs import Tokens
 from vllm_effplugin.techniques.early_exit.exits import Tail, take_tail
 from vllm_effplugin.techniques.early_exit.passage import STAYS, Batch, Departure, Passage, Wishes
 
 if TYPE_CHECKING:
     from vllm_effplugin.techniques.early_exit.loop import ExitLoop
-
-
-@dataclass
-class _Tokens:
-    """The batch's tokens on the device.
-
-    Attributes:
-        slot_mapping, positions: per token.
-        metadata: attention metadata; None for the step's own.
-        graphs: knows which CUDA graphs there are.
-    """
-
-    slot_mapping: Tensor
-    positions: Tensor
-    metadata: Any = None
-    graphs: GraphInputs | None = None
-
-    def context(self) -> AbstractContextManager[None]:
-        """Layers called in it run on these tokens."""
-        if self.graphs is None:
-            return nullcontext()
-        return running_on(self.metadata, **self.graphs.context(self.slot_mapping))
 
 
 class StepRun:
@@ -111,8 +87,8 @@ class StepRun:
         self._end_fills()
         return output
 
-    def _all_tokens(self) -> _Tokens:
-        return _Tokens(self._step.common.slot_mapping, self._positions)
+    def _all_tokens(self) -> Tokens:
+        return Tokens(self._step.common.slot_mapping, self._positions)
 
     # --- In segments -----------------------------------------------------------------------------
 
@@ -161,11 +137,11 @@ class StepRun:
         self._end_fills()
         return output
 
-    def _keep(self, batch: Batch, departure: Departure, tokens: _Tokens, tail: Tail) -> None:
+    def _keep(self, batch: Batch, departure: Departure, tokens: Tokens, tail: Tail) -> None:
         """Keep the states of the tokens that leave: what is behind the exit runs later."""
         leaves = departure.leaves
         lengths = batch.lengths[leaves]
-        within = _ranges(lengths)
+        within = ranges(lengths)
         leaving = within + np.repeat((batch.ends - batch.lengths)[leaves], lengths)
         places = self._places(
             np.repeat(self.rows.slots[batch.rows[leaves]], lengths),
@@ -182,7 +158,7 @@ class StepRun:
         exit: int,
         batch: Batch,
         skipping: np.ndarray,
-        tokens: _Tokens,
+        tokens: Tokens,
         tail: Tail,
         *,
         runs_on: bool,
@@ -228,17 +204,17 @@ class StepRun:
         self,
         batch: Batch,
         departure: Departure,
-        tokens: _Tokens,
+        tokens: Tokens,
         hidden: Tensor,
         residual: Tensor,
-    ) -> tuple[_Tokens, Tensor, Tensor]:
+    ) -> tuple[Tokens, Tensor, Tensor]:
         """The tokens of the rows that stay, with the waiting ones that they take along."""
         after = departure.batch
         assert after is not None
         stays = ~departure.leaves
         lengths = after.lengths
         joining = np.repeat(departure.joining[stays], lengths)
-        within = _ranges(lengths)
+        within = ranges(lengths)
         joins = within < joining
         old_ends = np.repeat(batch.ends[stays], lengths)
         back = np.repeat(lengths, lengths) - 1 - within  # distance to the row's last token
@@ -257,7 +233,7 @@ class StepRun:
             hidden.index_copy_(0, targets, self._loop.waiting[0][places])
             residual.index_copy_(0, targets, self._loop.waiting[1][places])
         metadata = subset(self._step, after.rows, lengths, slot_mapping, positions)
-        tokens = _Tokens(slot_mapping, positions, metadata, self._loop.graph_inputs)
+        tokens = Tokens(slot_mapping, positions, metadata, self._loop.graph_inputs)
         return tokens, hidden, residual
 
     def _collect(self, hidden: Tensor, output: Tensor) -> Tensor:
@@ -272,7 +248,7 @@ class StepRun:
         lengths = self.rows.lengths[rows]
         sources, targets = ends - 1, self._scheduled.ends[rows] - 1
         if len(rows) != lengths.sum():
-            back = np.repeat(lengths, lengths) - 1 - _ranges(lengths)
+            back = np.repeat(lengths, lengths) - 1 - ranges(lengths)
             sources = np.repeat(sources, lengths) - back
             targets = np.repeat(targets, lengths) - back
         return output.index_copy_(0, self._on_device(targets), hidden[self._on_device(sources)])
@@ -335,7 +311,7 @@ class StepRun:
             return
         rows = rows[fires]
         fired[rows] = exit
-        loop.counters.add_exits(exit, len(rows))
+        loop.counters.add("exits", len(rows), exit)
         index = targets = self._on_device(lasts[fires])
         if batch is not self._scheduled:
             targets = self._on_device(self._scheduled.ends[rows] - 1)
@@ -374,9 +350,3 @@ def pseudo_random(exit: int, positions: np.ndarray, ids: np.ndarray) -> np.ndarr
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     return (mixed >> np.uint64(40)).astype(np.float64) / 2**24
-
-
-def _ranges(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each length, one after another."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

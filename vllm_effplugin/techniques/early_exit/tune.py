@@ -23,13 +23,13 @@ from vllm_effplugin.preparation.decoder import Decoder
 from vllm_effplugin.preparation.head import HeadDivergence
 from vllm_effplugin.preparation.lora import add_lora
 from vllm_effplugin.preparation.precision import autocast
-from vllm_effplugin.preparation.trainer import TrainerSettings, WindowTrainer
+from vllm_effplugin.preparation.trainer import WindowTrainer, WindowTrainerSettings
 
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 """Defaults for short training of a small model."""
 
 
-class TuneSettings(TrainerSettings):
+class TuneSettings(WindowTrainerSettings):
     """How to tune."""
 
     train: Literal["lora", "full"] = "lora"

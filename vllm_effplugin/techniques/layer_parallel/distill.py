@@ -27,7 +27,7 @@ from vllm_effplugin.plan import Unit
 from vllm_effplugin.preparation.head import HeadDivergence
 from vllm_effplugin.preparation.lora import add_lora
 from vllm_effplugin.preparation.precision import autocast
-from vllm_effplugin.preparation.trainer import TrainerSettings, WindowTrainer
+from vllm_effplugin.preparation.trainer import WindowTrainer, WindowTrainerSettings
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 from vllm_effplugin.techniques.layer_parallel.search import partition_units
@@ -39,7 +39,7 @@ TEACHER_BYTES = 2 << 30
 """Teacher states to keep, where the text repeats and all of it fits."""
 
 
-class DistillSettings(TrainerSettings):
+class DistillSettings(WindowTrainerSettings):
     """How to train."""
 
     train: Literal["lora", "full"] = "lora"

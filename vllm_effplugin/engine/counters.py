@@ -1,0 +1,108 @@
+"""What a model did: running totals of one worker, readable from another process of the machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which totals there are.
+
+    Attributes:
+        fields: names of single numbers.
+        lists: names and lengths of lists.
+    """
+
+    fields: Sequence[str]
+    lists: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Numbers in all."""
+        return len(self.fields) + sum(self.lists.values())
+
+    def places(self) -> dict[str, slice]:
+        """Where each name's numbers lie."""
+        found, start = {}, 0
+        for name, length in (*((name, 1) for name in self.fields), *self.lists.items()):
+            found[name] = slice(start, start + length)
+            start += length
+        return found
+
+
+class Counters:
+    """The totals.
+
+    Args:
+        layout: which there are.
+        values: where to keep them; in this process by default.
+    """
+
+    def __init__(self, layout: Layout, values: np.ndarray | None = None) -> None:
+        self._layout = layout
+        self._values = np.zeros(layout.size, dtype=np.int64) if values is None else values
+        self._places = {name: place.start for name, place in layout.places().items()}
+
+    def add(self, name: str, count: int, index: int = 0) -> None:
+        """Add to a number, or to one of a list."""
+        self._values[self._places[name] + index] += count
+
+    def set(self, name: str, count: int) -> None:
+        """Set a number that is not a total."""
+        self._values[self._places[name]] = count
+
+    def __getitem__(self, name: str) -> int:
+        return int(self._values[self._places[name]])
+
+    def numbers(self, name: str) -> list[int]:
+        """All numbers of a list."""
+        start = self._places[name]
+        return [int(v) for v in self._values[start : start + self._layout.lists[name]]]
+
+    def as_dict(self) -> dict[str, int | list[int]]:
+        """All of them."""
+        return {name: self[name] for name in self._layout.fields} | {
+            name: self.numbers(name) for name in self._layout.lists
+        }
+
+
+def counters_path(instance: str, replica: int) -> Path:
+    """Where the worker of an engine keeps its totals.
+
+    Args:
+        instance: the `instance_id` of the server's configuration.
+        replica: the engine's data-parallel index, 0 where there is one engine.
+    """
+    name = f"vllm-effplugin-{os.getuid()}-{instance}-{replica}.counters"
+    return Path(tempfile.gettempdir()) / name
+
+
+def publish(path: Path, layout: Layout) -> Counters:
+    """New totals that other processes of this user can read at `path`, until this one ends."""
+    path.unlink(missing_ok=True)
+    # Exclusive: nobody else may have put a link where the file is going to be.
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.ftruncate(handle, layout.size * np.dtype(np.int64).itemsize)
+    os.close(handle)
+    # A plain view: every access to a `memmap` itself takes a detour through Python.
+    return Counters(layout, np.memmap(path, dtype=np.int64, mode="r+").view(np.ndarray))
+
+
+def read(path: Path, layout: Layout) -> Counters:
+    """The totals that another process publishes.
+
+    Raises:
+        OSError: when there are none.
+        ValueError: when they are others.
+    """
+    values = np.memmap(path, dtype=np.int64, mode="r")
+    if len(values) != layout.size:
+        raise ValueError(f"{path} does not hold the {layout.size} totals that were expected")
+    return Counters(layout, values)

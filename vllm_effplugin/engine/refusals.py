@@ -1,0 +1,267 @@
+"""What is refused at start: each unsupported combination by the name of its setting."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.platforms import current_platform
+
+from vllm_effplugin.config import CLASSIFIERS
+from vllm_effplugin.engine.settings import (
+    SCHEDULER,
+    UNTESTED,
+    VERIFY,
+    WORKERS,
+    efficiency_of,
+    verifies,
+)
+from vllm_effplugin.errors import UnsupportedError
+from vllm_effplugin.plan import Plan
+from vllm_effplugin.techniques.layer_parallel.placement import check_placement
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+# Attributes of a Hugging Face configuration that change what a layer computes, and that the
+# grouped layers do not implement.
+_UNSUPPORTED_ATTRIBUTES = {
+    "dual_chunk_attention_config": "dual chunk attention",
+    "ada_rms_norm_t_cond": "time-conditioned norms",
+    "qk_norm": "Qwen2's optional query/key norm",
+}
+
+
+def anywhere(vllm_config: VllmConfig, plan: Plan) -> None:
+    """What no efficient checkpoint supports."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size} is not supported with an "
+            "efficient checkpoint: use --tensor-parallel-size, or serve the base model"
+        )
+    if parallel.distributed_executor_backend == "ray" and not current_platform.ray_device_key:
+        raise UnsupportedError(
+            "--distributed-executor-backend ray is not supported by vLLM on its "
+            f"{current_platform.device_type} platform: use `mp`"
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram" and not verifies(vllm_config):
+        raise UnsupportedError(
+            f"--speculative-config method {speculative.method!r} is not supported with an "
+            "efficient checkpoint: use method `ngram`, or leave speculative decoding off"
+        )
+    if verifies(vllm_config) and not plan.has_exits:
+        raise UnsupportedError(
+            "--speculative-config asks for verified early exits, but the model has no exits: "
+            "leave it off, or serve a checkpoint of `effplugin prepare early-exit`"
+        )
+    _on_wrong_model(vllm_config.model_config)
+
+
+def with_groups(vllm_config: VllmConfig, plan: Plan) -> None:
+    """What layer-parallel groups do not support."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model.quantization is not None:
+        raise UnsupportedError(
+            f"quantization {model.quantization!r} is not supported with layer-parallel groups: "
+            "serve unquantised weights, or remove `layer_parallel` from the efficiency block"
+        )
+    if vllm_config.lora_config is not None:
+        raise UnsupportedError(
+            "--enable-lora is not supported with layer-parallel groups: merge the adapter into "
+            "the checkpoint before `effplugin prepare`, or remove `layer_parallel`"
+        )
+    if parallel.decode_context_parallel_size > 1:
+        raise UnsupportedError(
+            "--decode-context-parallel-size is not supported with layer-parallel groups: leave "
+            "it at 1"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise UnsupportedError(
+            "--kv-transfer-config is not supported with layer-parallel groups: their KV cache has "
+            "one entry per group, which no connector has been tested with; leave it off"
+        )
+    for attribute, meaning in _UNSUPPORTED_ATTRIBUTES.items():
+        if getattr(model.hf_config, attribute, None):
+            raise UnsupportedError(
+                f"`{attribute}` ({meaning}) is not supported with layer-parallel groups: remove "
+                "`layer_parallel` from the efficiency block"
+            )
+    layer_parallel = efficiency_of(model.hf_config).layer_parallel
+    assert layer_parallel is not None
+    check_placement(
+        layer_parallel,
+        plan,
+        tp_size=parallel.tensor_parallel_size,
+        num_heads=model.hf_config.num_attention_heads,
+        num_kv_heads=model.hf_config.num_key_value_heads,
+        layer_types=getattr(model.hf_config, "layer_types", None),
+    )
+
+
+def with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
+    """What early exit does not support."""
+    model = vllm_config.model_config
+    way_out = "remove `early_exit` from the efficiency block"
+    if plan.groups:
+        raise UnsupportedError(
+            "`early_exit` and `layer_parallel` are not supported together yet: remove one of them"
+        )
+    if vllm_config.speculative_config is not None and not verifies(vllm_config):
+        raise UnsupportedError(
+            f"--speculative-config method {vllm_config.speculative_config.method!r} is not "
+            f"supported with early exit: use {json.dumps(VERIFY)}, leave it off, or {way_out}"
+        )
+    if verifies(vllm_config) and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise UnsupportedError(
+            "verified early exits (--speculative-config) are not supported with "
+            "--tensor-parallel-size > 1: use one rank, or leave --speculative-config off"
+        )
+    if model.runner_type == "pooling":
+        raise UnsupportedError(
+            "--runner pooling is not supported with `early_exit`, which is for generation: use "
+            f"`effplugin prepare classify` for a classifier, or {way_out}"
+        )
+    if verifies(vllm_config) and vllm_config.use_v2_model_runner:
+        raise UnsupportedError(
+            "verified early exits (--speculative-config) are not supported on vLLM's model runner "
+            "V2, which has no interface for them: set VLLM_USE_V2_MODEL_RUNNER=0, or leave "
+            "--speculative-config off"
+        )
+    if verifies(vllm_config) and current_platform.device_type != "cpu":
+        raise UnsupportedError(
+            "verified early exits (--speculative-config) are supported on CPUs only yet: leave it "
+            f"off, or {way_out}"
+        )
+    _with_a_loop(vllm_config, "early exit", way_out)
+
+
+def with_sequence_exits(vllm_config: VllmConfig) -> None:
+    """What a classifier with exits does not support."""
+    model = vllm_config.model_config
+    way_out = "remove `joint_exit` from the efficiency block"
+    if model.runner_type != "pooling":
+        raise UnsupportedError(
+            f"--runner {model.runner_type} is not supported with `joint_exit`, which is for "
+            f"classifiers: leave it at `auto`, or {way_out}"
+        )
+    pooler = model.pooler_config
+    reads = "CLS" if model.architecture.startswith("EfficientBert") else "LAST"
+    if pooler is not None and pooler.seq_pooling_type not in (None, reads):
+        raise UnsupportedError(
+            f"pooling type {pooler.seq_pooling_type} (--pooler-config) is not supported with exits "
+            f"of {model.architecture}, whose heads were trained on {reads}: leave it out, or "
+            f"{way_out}"
+        )
+    if pooler is not None and pooler.task not in (None, "classify"):
+        raise UnsupportedError(
+            f"pooling task {pooler.task!r} (--pooler-config) is not supported with exits, whose "
+            f"heads classify whole sequences: leave it out, or {way_out}"
+        )
+    if model.hf_config.num_labels < 2:
+        raise UnsupportedError(
+            "a classifier with one label is not supported with exits, whose gates compare two "
+            f"classes: {way_out}"
+        )
+    _with_a_loop(vllm_config, "exits of a classifier", way_out)
+
+
+def _on_wrong_model(model: ModelConfig) -> None:
+    """A technique's section in the configuration of a model that it is not for."""
+    efficiency = efficiency_of(model.hf_config)
+    classifies = model.architecture in CLASSIFIERS.values()
+    for section in ("layer_parallel", "early_exit", "split_after"):
+        if classifies and getattr(efficiency, section):
+            raise UnsupportedError(
+                f"`{section}` is not supported on {model.architecture}: remove it from the "
+                "efficiency block"
+            )
+    if efficiency.joint_exit is not None and not classifies:
+        raise UnsupportedError(
+            f"`joint_exit` is not supported on {model.architecture}, which is no classifier: serve "
+            "a checkpoint of `effplugin prepare classify`, or remove it from the efficiency block"
+        )
+
+
+def _with_a_loop(vllm_config: VllmConfig, technique: str, way_out: str) -> None:
+    """What no technique supports whose rows change inside the model.
+
+    Args:
+        technique: its name, for the message.
+        way_out: what to do instead.
+    """
+    model = vllm_config.model_config
+    if model.quantization is not None:
+        raise UnsupportedError(
+            f"quantization {model.quantization!r} is not supported with {technique}: serve "
+            f"unquantised weights, or {way_out}"
+        )
+    if vllm_config.lora_config is not None:
+        raise UnsupportedError(
+            f"--enable-lora is not supported with {technique}: merge the adapter into the "
+            f"checkpoint, or {way_out}"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise UnsupportedError(
+            f"--kv-transfer-config is not supported with {technique}, where the cache may lack "
+            f"entries: leave it off, or {way_out}"
+        )
+    if model.enable_prompt_embeds:
+        raise UnsupportedError(
+            f"--enable-prompt-embeds is not supported with {technique}: leave it off, or {way_out}"
+        )
+    cache = vllm_config.cache_config
+    if cache.kv_sharing_fast_prefill:
+        raise UnsupportedError(
+            f"--kv-sharing-fast-prefill is not supported with {technique}, which cuts batches by "
+            f"rules of its own: leave it off, or {way_out}"
+        )
+    if cache.kv_offloading_size is not None:
+        raise UnsupportedError(
+            f"--kv-offloading-size is not supported with {technique}, where the cache may lack "
+            f"entries: leave it off, or {way_out}"
+        )
+    if vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
+        raise UnsupportedError(
+            f"--scheduler-cls is not supported with {technique}, which may need one of its own: "
+            f"leave it off, or {way_out}"
+        )
+    if len(set(getattr(model.hf_config, "layer_types", None) or ())) > 1:
+        raise UnsupportedError(
+            f"a model that mixes kinds of attention layers is not supported with {technique}, "
+            f"which runs all layers on one set of cache blocks: {way_out}"
+        )
+    device = current_platform.device_type
+    if device not in WORKERS or (device != "cpu" and os.environ.get(UNTESTED) != "1"):
+        raise UnsupportedError(
+            f"{technique} is not supported on {device} yet"
+            + (
+                f", where it was built but never run (set {UNTESTED}=1 to be the first)"
+                if device in WORKERS
+                else ""
+            )
+            + f": {way_out}"
+        )
+    if device != "cpu":
+        _with_cuda_graphs(vllm_config, technique, way_out)
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in ("auto", WORKERS[device]):
+        raise UnsupportedError(
+            f"--worker-cls {parallel.worker_cls} is not supported with {technique}, which brings "
+            f"a worker of its own: leave it at `auto`, or {way_out}"
+        )
+
+
+def _with_cuda_graphs(vllm_config: VllmConfig, technique: str, way_out: str) -> None:
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode is None:
+        # Between two parts of the stack Python decides, so that no graph can hold the whole step.
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if compilation.cudagraph_mode.has_full_cudagraphs():
+        raise UnsupportedError(
+            f"-cc.cudagraph_mode={compilation.cudagraph_mode.name} is not supported with "
+            f"{technique}, which decides between two graphs of a step: use PIECEWISE, or {way_out}"
+        )

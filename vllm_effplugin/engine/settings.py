@@ -1,0 +1,48 @@
+"""What a model's configuration asks of the engine, and vLLM's settings that follow from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
+from vllm_effplugin.plan import Plan, build_plan
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+EXIT_PARAMS = "vllm_effplugin.engine.params:ExitParamsV1"
+VERIFYING_EXIT_PARAMS = "vllm_effplugin.engine.params:VerifyingExitParamsV1"
+EXIT_PARAMS_V2 = "vllm_effplugin.engine.params_v2:ExitParamsV2"
+SCHEDULER = "vllm_effplugin.engine.schedulers.salted_scheduler"
+WORKERS = {
+    "cpu": "vllm_effplugin.engine.worker.EffpluginCPUWorker",
+    "cuda": "vllm_effplugin.engine.worker.EffpluginWorker",
+}
+IO_PROCESSOR = "effplugin"
+"""Our name in the group `vllm.io_processor_plugins`."""
+
+UNTESTED = "EFFPLUGIN_UNTESTED"
+"""Environment variable that admits what was built and never run: exits on GPUs."""
+
+VERIFY = {
+    "method": "custom_class",
+    "model": "vllm_effplugin.engine.v1_drafter.ExitProposer",
+    "num_speculative_tokens": 4,
+}
+"""`--speculative-config` of a server that verifies early exits; the number is free."""
+
+
+def efficiency_of(hf_config: Any) -> EfficiencyConfig:
+    """The validated `efficiency` block of a Hugging Face configuration; empty without one."""
+    return parse_efficiency(getattr(hf_config, "efficiency", None))
+
+
+def plan_for(hf_config: Any) -> Plan:
+    """The plan of a Hugging Face configuration with (or without) an `efficiency` block."""
+    return build_plan(efficiency_of(hf_config), hf_config.num_hidden_layers)
+
+
+def verifies(vllm_config: VllmConfig) -> bool:
+    """Whether the server verifies early exits."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.model == VERIFY["model"]

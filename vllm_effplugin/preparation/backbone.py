@@ -1,0 +1,105 @@
+"""A pretrained model that classifies a text by the state of one of its tokens.
+
+Decoders (Llama, Mistral, Qwen2, Qwen3) read the last token behind the final norm; BERT reads its
+first token, and behind the last layer its pooler's output.
+
+Shapes: `B` sequences, `S` positions, `d` hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_effplugin.preparation.decoder import Decoder
+
+
+class Backbone(ABC):
+    """A Hugging Face model, and how to read it.
+
+    Args:
+        model: without a classification head.
+    """
+
+    lora_targets: tuple[str, ...] | None = None
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """`d`."""
+        return int(self.model.config.hidden_size)
+
+    @abstractmethod
+    def states(self, ids: Tensor, lengths: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """What heads read: `[B, d]` at each depth, and at the end.
+
+        Args:
+            ids: `[B, S]`, padded on the right with anything.
+            lengths: `[B]`.
+            depths: layers before each exit, increasing.
+        """
+
+
+class DecoderBackbone(Backbone):
+    """A `*ForCausalLM`; causal attention makes padding on the right harmless."""
+
+    def states(self, ids: Tensor, lengths: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        decoder = Decoder(self.model)
+        rows = torch.arange(len(ids), device=ids.device)
+        hidden, context = decoder.embed(ids)
+        found = []
+        for first, last in itertools.pairwise((0, *depths, self.num_layers)):
+            hidden = decoder.run_layers(range(first, last), hidden, context)
+            found.append(decoder.decoder.norm(hidden[rows, lengths - 1]))
+        return found
+
+
+class EncoderBackbone(Backbone):
+    """A `BertModel` with its pooler."""
+
+    lora_targets = ("query", "key", "value", "dense")
+
+    def states(self, ids: Tensor, lengths: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+        exits = [output.hidden_states[depth][:, 0] for depth in depths]
+        return [*exits, output.pooler_output]
+
+
+def load_backbone(model: Path, architecture: str, dtype: torch.dtype) -> Backbone:
+    """The checkpoint without its classification head, if it has one.
+
+    Args:
+        architecture: of the classifier that it is or becomes, as stock vLLM knows it.
+    """
+    from transformers import AutoModelForCausalLM, BertModel
+
+    if architecture.startswith("Bert"):
+        loaded = BertModel.from_pretrained(model, dtype=dtype, add_pooling_layer=True)
+        kind: type[Backbone] = EncoderBackbone
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        kind = DecoderBackbone
+    return kind(loaded.eval().requires_grad_(False))
+
+
+def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """`[B, S]` token ids, zeros behind each sequence, and `[B]` lengths."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return ids, lengths

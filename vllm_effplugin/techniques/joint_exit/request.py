@@ -1,0 +1,68 @@
+"""What a caller may ask of a classifier with exits, per request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_effplugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.pooling_params import PoolingParams
+
+
+class SequenceExitRequest(BaseModel):
+    """Fields of `PoolingParams.extra_kwargs`, and of `data` in a request to `/pooling`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    exit: bool = Field(True, description="Whether the sequence may leave early.")
+    exit_bias: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Added to every gate before its sigmoid, instead of the checkpoint's own; "
+        "above 0, the sequence leaves earlier.",
+    )
+    exit_report: bool = Field(
+        False, description="Append the number of layers that ran to the probabilities."
+    )
+
+    def bias(self, default: float) -> float:
+        """What is added to the gates; minus infinity for a sequence that may not leave."""
+        if not self.exit:
+            return -math.inf
+        return default if self.exit_bias is None else self.exit_bias
+
+
+def parse_sequence_request(extra: Mapping[str, Any] | None) -> SequenceExitRequest:
+    """Our fields among a request's extra arguments, which start with `exit`; defaults without.
+
+    Raises:
+        ConfigError: naming the field and what is wrong with it.
+    """
+    given = {name: value for name, value in (extra or {}).items() if name.split("_")[0] == "exit"}
+    if isinstance(given.get("exit_bias"), int) and not isinstance(given["exit_bias"], bool):
+        given["exit_bias"] = float(given["exit_bias"])
+    try:
+        return SequenceExitRequest.model_validate(given)
+    except ValidationError as error:
+        problems = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
+        raise ConfigError(problems) from None
+
+
+def exit_pooling_params(
+    *, exit: bool = True, exit_bias: float | None = None, exit_report: bool = False
+) -> PoolingParams:
+    """Pooling parameters for `LLM.classify` with what a request asks of the exits.
+
+    Raises:
+        ConfigError: naming the field and what is wrong with it.
+    """
+    from vllm import PoolingParams
+
+    asked = {"exit": exit, "exit_bias": exit_bias, "exit_report": exit_report}
+    parse_sequence_request(asked)
+    return PoolingParams(extra_kwargs=asked)

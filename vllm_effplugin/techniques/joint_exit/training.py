@@ -1,0 +1,249 @@
+"""Training heads and gates together on captured states: JEI-DNN (arXiv 2310.09163).
+
+The bi-level objective: gates minimise `E sum_l P_l (CE_l + lambda IC_l)`, subject to heads that
+minimise `E sum_l P_l CE_l`. `IC_l` is the share of the model that has run at exit `l`.
+
+Heads are trained on standardised states, which makes one learning rate fit every depth and model,
+and folded back. Shapes: `E` exits, `N` sequences, `d` hidden size, `C` classes; index `E` is the
+full model's head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from vllm_effplugin.techniques.joint_exit.config import MEASURES
+from vllm_effplugin.techniques.joint_exit.distribution import exit_distribution, measures
+
+MOST_POSITIVE_WEIGHT = 5.0
+"""Of the rarer "leave" in a gate's loss."""
+
+
+class TrainSettings(BaseModel):
+    """How to train; the defaults are the paper's where it states one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    warm_up_epochs: int = Field(8, ge=1, description="Passes in which all heads learn alone.")
+    epochs: int = Field(16, ge=0, description="Passes in which gates and heads take turns.")
+    phase: int = Field(200, ge=1, description="Batches of a turn.")
+    batch: int = Field(64, ge=1, description="Sequences per step.")
+    rate: float = Field(0.01, gt=0, description="Learning rate of the heads.")
+    gate_rate: float = Field(0.3, gt=0, description="Learning rate of the gates.")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-3, ge=0, description="Of the heads.")
+    detach: bool = Field(
+        True,
+        description="Whether the normalisation of the heads' loss passes no gradient. Without, as "
+        "in the authors' released code, its gradient is that of plain cross-entropy, and gates do "
+        "not influence heads.",
+    )
+    seed: int = 0
+
+
+@dataclass
+class Joint:
+    """Heads and gates, on the states that the final norm gives.
+
+    Attributes:
+        weight, bias: `[E + 1, C, d]` and `[E + 1, C]` of the heads.
+        gate_weight, gate_bias: `[E, 4]` and `[E]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`[E + 1, N, C]` class logits from `[E + 1, N, d]` states."""
+        return torch.baddbmm(self.bias[:, None], states, self.weight.transpose(1, 2))
+
+    def gates(self, probabilities: Tensor) -> Tensor:
+        """`[E, N]` gate values from `[E, N, C]` class probabilities."""
+        return gate_logits(self.gate_weight, self.gate_bias, probabilities).sigmoid()
+
+
+def importance(heads: int) -> Tensor:
+    """`[E + 1]` weights of the heads' losses in the warm-up: `CE_final + sum_l (E + 1 - l) CE_l`.
+
+    Normalised to a sum of 1.
+    """
+    weights = torch.arange(heads - 1, -1, -1, dtype=torch.float32)
+    weights[-1] = 1.0
+    return weights / weights.sum()
+
+
+def gate_logits(weight: Tensor, bias: Tensor, probabilities: Tensor) -> Tensor:
+    """`[E, N]`, before the sigmoid."""
+    return (measures(probabilities) * weight[:, None]).sum(-1) + bias[:, None]
+
+
+def head_loss(cross_entropy: Tensor, probability: Tensor, *, detach: bool = True) -> Tensor:
+    """`mean(P * CE * r)` with `r = sum CE / sum(P CE)`.
+
+    Args:
+        cross_entropy: `[E + 1, B]`.
+        probability: `[E + 1, B]` of leaving there.
+        detach: whether `r` is a constant. If not, the whole is just `mean(CE)`.
+    """
+    weighted = (probability * cross_entropy).sum()
+    ratio = cross_entropy.sum() / weighted.clamp_min(torch.finfo(weighted.dtype).tiny)
+    if detach:
+        ratio = ratio.detach()
+    return (probability * cross_entropy * ratio).mean()
+
+
+def gate_loss(logits: Tensor, cross_entropy: Tensor, cost: Tensor, trade_off: float) -> Tensor:
+    """Binary cross-entropy of each gate against "the best exit is here or was before".
+
+    Args:
+        logits: `[E, B]` of the gates.
+        cross_entropy: `[E + 1, B]` of the heads.
+        cost: `[E + 1]`, `IC`.
+        trade_off: `lambda`.
+    """
+    best = (cross_entropy + trade_off * cost[:, None]).argmin(0)
+    exits = torch.arange(len(logits), device=logits.device)
+    target = (exits[:, None] >= best).to(logits.dtype)
+    positive = target.sum(1)
+    weight = ((target.shape[1] - positive) / positive.clamp_min(1)).clamp(1, MOST_POSITIVE_WEIGHT)
+    return functional.binary_cross_entropy_with_logits(logits, target, pos_weight=weight[:, None])
+
+
+class JointTrainer:
+    """Trains heads and gates on the same states, for any number of trade-offs.
+
+    Args:
+        states: `[E + 1, N, d]` of the training sequences.
+        labels: `[N]`.
+        classes: `C`.
+        cost: `[E + 1]`, `IC`, 1 at the end.
+        settings: how to train.
+        final: weight `[C, d]` and bias `[C]` of a head that the full model has already, and keeps.
+    """
+
+    def __init__(
+        self,
+        states: Tensor,
+        labels: Tensor,
+        classes: int,
+        cost: Sequence[float],
+        settings: TrainSettings,
+        final: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self._settings, self._labels, self._classes = settings, labels, classes
+        self._cost = torch.tensor(cost, device=states.device)
+        stacked = states.float()
+        self._mean = stacked.mean(1, keepdim=True)
+        self._scale = stacked.std(1, keepdim=True).clamp_min(1e-4)
+        self._states = (stacked - self._mean) / self._scale
+        self._final = final
+        self._warm: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def exits(self) -> int:
+        """`E`."""
+        return len(self._states) - 1
+
+    def warm_up(self) -> Joint:
+        """Heads that learnt alone; no gate leaves."""
+        weight, bias = self._warmed()
+        none = self._states.new_zeros(self.exits, MEASURES)
+        return self._folded(weight, bias, none, none[:, 0] - math.inf)
+
+    def train(self, trade_off: float) -> Joint:
+        """Heads and gates for one `lambda`, from the heads that learnt alone."""
+        settings = self._settings
+        weight, bias = (nn.Parameter(part.clone()) for part in self._warmed())
+        gate_weight = nn.Parameter(self._states.new_zeros(self.exits, MEASURES))
+        gate_bias = nn.Parameter(self._states.new_zeros(self.exits))
+        heads = self._optimizer([weight, bias], settings.weight_decay)
+        gates = self._optimizer([gate_weight, gate_bias], 0.0)
+        steps = settings.epochs * self._per_epoch
+        for step, rows in enumerate(self._batches(steps, f"lambda {trade_off:g}")):
+            slower = _cosine(step, steps)
+            cross_entropy, probabilities = self._losses(weight, bias, rows)
+            logits = gate_logits(gate_weight, gate_bias, probabilities[:-1].detach())
+            if step // settings.phase % 2 == 0:
+                loss = gate_loss(logits, cross_entropy.detach(), self._cost, trade_off)
+                self._step(gates, loss, settings.gate_rate * slower)
+            else:
+                probability = exit_distribution(logits.detach().sigmoid())
+                loss = head_loss(cross_entropy, probability, detach=settings.detach)
+                self._step(heads, loss, settings.rate * slower)
+        return self._folded(weight, bias, gate_weight, gate_bias)
+
+    # --- Parts -----------------------------------------------------------------------------------
+
+    @property
+    def _per_epoch(self) -> int:
+        return max(1, len(self._labels) // self._settings.batch)
+
+    def _warmed(self) -> tuple[Tensor, Tensor]:
+        if self._warm is None:
+            settings = self._settings
+            size = self._states.shape[-1]
+            weight = nn.Parameter(self._states.new_zeros(self.exits + 1, self._classes, size))
+            bias = nn.Parameter(self._states.new_zeros(self.exits + 1, self._classes))
+            optimizer = self._optimizer([weight, bias], settings.weight_decay)
+            # Their sum is normalised, and no head shares anything with another: what remains of
+            # the weights is the rate of a head's steps, which need not differ.
+            steps = settings.warm_up_epochs * self._per_epoch
+            for step, rows in enumerate(self._batches(steps, "warm-up")):
+                cross_entropy, _ = self._losses(weight, bias, rows)
+                loss = cross_entropy.mean(1).sum()
+                self._step(optimizer, loss, settings.rate * _cosine(step, steps))
+            self._warm = weight.detach(), bias.detach()
+        return self._warm
+
+    def _losses(self, weight: Tensor, bias: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`[E + 1, B]` cross-entropies and `[E + 1, B, C]` probabilities of some sequences."""
+        logits = torch.baddbmm(bias[:, None], self._states[:, rows], weight.transpose(1, 2))
+        log_p = logits.log_softmax(-1)
+        labels = self._labels[rows].expand(len(log_p), -1)[..., None]
+        return -log_p.gather(-1, labels).squeeze(-1), log_p.exp()
+
+    def _optimizer(self, parameters: list[nn.Parameter], decay: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            parameters, lr=self._settings.rate, momentum=self._settings.momentum, weight_decay=decay
+        )
+
+    @staticmethod
+    def _step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def _batches(self, steps: int, label: str) -> Iterator[Tensor]:
+        """Row indices of each step; shuffled anew in every pass."""
+        count, size = len(self._labels), min(self._settings.batch, len(self._labels))
+        generator = torch.Generator().manual_seed(self._settings.seed)
+        order = torch.empty(0, dtype=torch.int64)
+        for _ in tqdm(range(steps), desc=label, leave=False):
+            if len(order) < size:
+                order = torch.randperm(count, generator=generator)
+            rows, order = order[:size], order[size:]
+            yield rows.to(self._labels.device)
+
+    def _folded(self, weight: Tensor, bias: Tensor, *gates: Tensor) -> Joint:
+        """The same heads on states that are not standardised."""
+        weight = weight.detach() / self._scale
+        bias = bias.detach() - (weight @ self._mean.transpose(1, 2)).squeeze(-1)
+        if self._final is not None:
+            weight[-1], bias[-1] = self._final
+        return Joint(weight, bias, *(gate.detach() for gate in gates))
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))

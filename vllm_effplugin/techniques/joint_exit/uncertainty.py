@@ -1,0 +1,71 @@
+"""How far probabilities can be trusted: calibration error, and conformal prediction sets.
+
+JEI-DNN (arXiv 2310.09163) measures both where each sequence got its answer. Shapes: `N` sequences,
+`C` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+BINS = 15
+FEWEST = 20
+"""Sequences up to which an exit shares its threshold with the others."""
+
+
+def calibration_error(probabilities: Floats, labels: Ints, bins: int = BINS) -> float:
+    """Expected calibration error of `[N, C]` probabilities, over bins of equal width.
+
+    The mean distance between the probability of the most likely class and how often it is right.
+    """
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [
+        abs(float(confidence[place == i].sum()) - int(right[place == i].sum())) for i in range(bins)
+    ]
+    return sum(gaps) / max(1, len(labels))
+
+
+def conformal_threshold(scores: Floats, coverage: float) -> float:
+    """The probability that puts a class into the set, from those of the true classes.
+
+    Split conformal prediction: with `n` sequences, the `ceil((n + 1) coverage)`-th largest, which
+    promises the coverage for one more sequence of their kind. 0 where `n` is too small for that.
+    """
+    rank = math.ceil((len(scores) + 1) * coverage)
+    if rank > len(scores):
+        return 0.0
+    return float(np.sort(scores)[::-1][rank - 1])
+
+
+def conformal_thresholds(
+    probabilities: Floats, labels: Ints, exits: Ints, count: int, coverage: float
+) -> tuple[float, ...]:
+    """One threshold per exit and one for the full model; a shared one where few got their answer.
+
+    Args:
+        probabilities: `[N, C]` where each sequence got its answer.
+        exits: `[N]` where that was.
+        count: of the exits, the full model included.
+    """
+    scores = probabilities[np.arange(len(labels)), labels]
+    shared = conformal_threshold(scores, coverage)
+    return tuple(
+        conformal_threshold(scores[exits == exit], coverage)
+        if (exits == exit).sum() > FEWEST
+        else shared
+        for exit in range(count)
+    )
+
+
+def prediction_set(probabilities: Sequence[float], threshold: float) -> list[int]:
+    """Classes with at least the threshold's probability, and the most likely one in any case."""
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    return [i for i, p in enumerate(probabilities) if p >= threshold or i == best]
