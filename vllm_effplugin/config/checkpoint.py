@@ -242,7 +242,7 @@ def write_checkpoint(
     with staged_directory(out, overwrite=overwrite) as staging:
         for source in base.iterdir():
             if source.name not in ("config.json", PROVENANCE) and source.is_file():
-                (shutil.copy2 if copy else _link)(source, staging / source.name)
+                (shutil.copy2 if copy else link)(source, staging / source.name)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         if tensors or files:
@@ -283,7 +283,8 @@ def staged_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file: a hard link where the file system allows, else a symbolic."""
     real = source.resolve()
     try:
         os.link(real, target)

@@ -24,9 +24,11 @@ class Backbone(ABC):
     """A Hugging Face model, and how to read it.
 
     Args:
-        model: without a classification head.
+        model: the trunk alone.
     """
 
+    prefix: str
+    """Of its tensors' names in a classifier's checkpoint."""
     lora_targets: tuple[str, ...] | None = None
 
     def __init__(self, model: Any) -> None:
@@ -54,7 +56,9 @@ class Backbone(ABC):
 
 
 class DecoderBackbone(Backbone):
-    """A `*ForCausalLM`; causal attention makes padding on the right harmless."""
+    """A decoder; causal attention makes padding on the right harmless."""
+
+    prefix = "model."
 
     def states(self, ids: Tensor, lengths: Tensor, depths: Sequence[int]) -> list[Tensor]:
         decoder = Decoder(self.model)
@@ -70,6 +74,7 @@ class DecoderBackbone(Backbone):
 class EncoderBackbone(Backbone):
     """A `BertModel` with its pooler."""
 
+    prefix = "bert."
     lora_targets = ("query", "key", "value", "dense")
 
     def states(self, ids: Tensor, lengths: Tensor, depths: Sequence[int]) -> list[Tensor]:
@@ -80,19 +85,21 @@ class EncoderBackbone(Backbone):
 
 
 def load_backbone(model: Path, architecture: str, dtype: torch.dtype) -> Backbone:
-    """The checkpoint without its classification head, if it has one.
+    """The checkpoint without its head.
 
     Args:
         architecture: of the classifier that it is or becomes, as stock vLLM knows it.
     """
-    from transformers import AutoModelForCausalLM, BertModel
+    from transformers import AutoModel
+    from transformers.utils import logging
 
-    if architecture.startswith("Bert"):
-        loaded = BertModel.from_pretrained(model, dtype=dtype, add_pooling_layer=True)
-        kind: type[Backbone] = EncoderBackbone
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        kind = DecoderBackbone
+    kind = EncoderBackbone if architecture.startswith("Bert") else DecoderBackbone
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports the head, which is not wanted here
+    try:
+        loaded = AutoModel.from_pretrained(model, dtype=dtype)
+    finally:
+        logging.set_verbosity(verbosity)
     return kind(loaded.eval().requires_grad_(False))
 
 

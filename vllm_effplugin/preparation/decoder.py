@@ -25,13 +25,13 @@ class Decoder:
 
     Args:
         model: a `*ForCausalLM` whose decoder layers have `input_layernorm`, `self_attn`,
-            `post_attention_layernorm` and `mlp` (Llama, Mistral, Qwen2, Qwen3). A PEFT-wrapped
-            model's `get_base_model()` serves as well.
+            `post_attention_layernorm` and `mlp` (Llama, Mistral, Qwen2, Qwen3), or its trunk,
+            which has no `logits`. A PEFT-wrapped model's `get_base_model()` serves as well.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.decoder = model.model
+        self.decoder = getattr(model, "model", model)
         self.layers: nn.ModuleList = self.decoder.layers
 
     def embed(

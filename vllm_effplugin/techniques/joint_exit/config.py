@@ -11,6 +11,9 @@ from vllm_effplugin.errors import ConfigError
 MEASURES = 4
 """Numbers that a gate sees of a head's softmax."""
 
+NEVER = 1.0
+"""The threshold at which no sequence leaves."""
+
 HEADS = "exit_heads"
 """The module that holds them, in the engine and in names of a checkpoint's tensors."""
 
@@ -26,7 +29,7 @@ class SequenceExit(BaseModel):
         ge=0,
         le=1,
         description="Under the rule `confidence`: a sequence leaves when its most likely class "
-        "has this probability.",
+        "has this probability; at 1, none does.",
     )
 
 

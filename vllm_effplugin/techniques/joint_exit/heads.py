@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_effplugin.techniques.joint_exit.config import MEASURES, JointExitConfig
+from vllm_effplugin.techniques.joint_exit.config import MEASURES, NEVER, JointExitConfig
 from vllm_effplugin.techniques.joint_exit.distribution import Inference, measures
 
 
@@ -69,5 +69,8 @@ class Decision:
         if config.rule == "joint":
             gates = (self._heads.gate(exit, probabilities) + bias).sigmoid()
             return self._inference.leaves(gates, asked)
+        threshold = config.exits[exit].threshold
+        if threshold >= NEVER:
+            return torch.zeros_like(asked, dtype=torch.bool)
         confident = torch.logit(probabilities.amax(-1)) + bias
-        return confident >= torch.logit(confident.new_tensor(config.exits[exit].threshold))
+        return confident >= torch.logit(confident.new_tensor(threshold))

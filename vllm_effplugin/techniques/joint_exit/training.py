@@ -27,6 +27,10 @@ MOST_POSITIVE_WEIGHT = 5.0
 """Of the rarer "leave" in a gate's loss."""
 
 
+_TINY = 1e-9
+"""Below it, nobody leaves where there is anything to learn."""
+
+
 class TrainSettings(BaseModel):
     """How to train; the defaults are the paper's where it states one."""
 
@@ -96,7 +100,7 @@ def head_loss(cross_entropy: Tensor, probability: Tensor, *, detach: bool = True
         detach: whether `r` is a constant. If not, the whole is just `mean(CE)`.
     """
     weighted = (probability * cross_entropy).sum()
-    ratio = cross_entropy.sum() / weighted.clamp_min(torch.finfo(weighted.dtype).tiny)
+    ratio = cross_entropy.sum() / weighted.clamp_min(_TINY)
     if detach:
         ratio = ratio.detach()
     return (probability * cross_entropy * ratio).mean()
@@ -129,6 +133,7 @@ class JointTrainer:
         cost: `[E + 1]`, `IC`, 1 at the end.
         settings: how to train.
         final: weight `[C, d]` and bias `[C]` of a head that the full model has already, and keeps.
+        final_bias: whether the full model's head has a bias, if it is trained.
     """
 
     def __init__(
@@ -138,15 +143,23 @@ class JointTrainer:
         classes: int,
         cost: Sequence[float],
         settings: TrainSettings,
-        final: tuple[Tensor, Tensor] | None = None,
+        final: tuple[Tensor, Tensor | None] | None = None,
+        final_bias: bool = True,
     ) -> None:
         self._settings, self._labels, self._classes = settings, labels, classes
         self._cost = torch.tensor(cost, device=states.device)
         stacked = states.float()
         self._mean = stacked.mean(1, keepdim=True)
+        self._has_bias = torch.ones(len(states), 1, device=states.device)
+        if not final_bias and final is None:
+            self._mean[-1], self._has_bias[-1] = 0.0, 0.0
         self._scale = stacked.std(1, keepdim=True).clamp_min(1e-4)
         self._states = (stacked - self._mean) / self._scale
-        self._final = final
+        self._fixed: tuple[Tensor, Tensor] | None = None
+        if final is not None:
+            weight, bias = final
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
+            self._fixed = weight * self._scale[-1], bias + weight @ self._mean[-1, 0]
         self._warm: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -192,8 +205,9 @@ class JointTrainer:
         if self._warm is None:
             settings = self._settings
             size = self._states.shape[-1]
-            weight = nn.Parameter(self._states.new_zeros(self.exits + 1, self._classes, size))
-            bias = nn.Parameter(self._states.new_zeros(self.exits + 1, self._classes))
+            heads = self.exits + (self._fixed is None)
+            weight = nn.Parameter(self._states.new_zeros(heads, self._classes, size))
+            bias = nn.Parameter(self._states.new_zeros(heads, self._classes))
             optimizer = self._optimizer([weight, bias], settings.weight_decay)
             # Their sum is normalised, and no head shares anything with another: what remains of
             # the weights is the rate of a head's steps, which need not differ.
@@ -207,10 +221,19 @@ class JointTrainer:
 
     def _losses(self, weight: Tensor, bias: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`[E + 1, B]` cross-entropies and `[E + 1, B, C]` probabilities of some sequences."""
+        weight, bias = self._all_heads(weight, bias)
         logits = torch.baddbmm(bias[:, None], self._states[:, rows], weight.transpose(1, 2))
         log_p = logits.log_softmax(-1)
         labels = self._labels[rows].expand(len(log_p), -1)[..., None]
         return -log_p.gather(-1, labels).squeeze(-1), log_p.exp()
+
+    def _all_heads(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """`[E + 1, C, d]` and `[E + 1, C]`, of those that are trained and the one that is not."""
+        if self._fixed is not None:
+            weight = torch.cat([weight, self._fixed[0][None]])
+            bias = torch.cat([bias, self._fixed[1][None]])
+            return weight, bias
+        return weight, bias * self._has_bias
 
     def _optimizer(self, parameters: list[nn.Parameter], decay: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(
@@ -238,10 +261,9 @@ class JointTrainer:
 
     def _folded(self, weight: Tensor, bias: Tensor, *gates: Tensor) -> Joint:
         """The same heads on states that are not standardised."""
-        weight = weight.detach() / self._scale
-        bias = bias.detach() - (weight @ self._mean.transpose(1, 2)).squeeze(-1)
-        if self._final is not None:
-            weight[-1], bias[-1] = self._final
+        weight, bias = self._all_heads(weight.detach(), bias.detach())
+        weight = weight / self._scale
+        bias = bias - (weight @ self._mean.transpose(1, 2)).squeeze(-1)
         return Joint(weight, bias, *(gate.detach() for gate in gates))
 
 

@@ -1,0 +1,196 @@
+"""Labelled texts: from jsonl, CSV, or a data set of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from vllm_effplugin.errors import ConfigError, UnsupportedError
+
+PAIR_TEMPLATE = "{text}\n{text_pair}"
+
+
+class Columns(BaseModel):
+    """Names of the fields of a row."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = "text"
+    text_pair: str = "text_pair"
+    label: str = "label"
+
+
+class DataSettings(BaseModel):
+    """Which data, and how a row becomes a text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: str = Field(description="A .jsonl or .csv file, or `NAME[/CONFIG]@SPLIT` of the hub.")
+    dev: str | None = Field(None, description="The same; else a share of the training rows.")
+    dev_share: float = Field(0.15, gt=0, lt=1, description="That share.")
+    columns: Columns = Field(default_factory=Columns)
+    labels: tuple[str, ...] | None = Field(None, description="Names of the classes, in order.")
+    template: str | None = Field(
+        None, description="Of `{text}` and `{text_pair}`; what a client has to send."
+    )
+    max_length: int = Field(512, ge=1, description="Tokens at which a text is cut off.")
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts as a client would send them, and `[N]` class indices."""
+
+    texts: list[str]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def at(self, rows: Tensor) -> Examples:
+        """Some of them."""
+        return Examples([self.texts[row] for row in rows.tolist()], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training rows, held-out rows, and the names of the classes."""
+
+    train: Examples
+    dev: Examples
+    classes: tuple[str, ...]
+
+
+def read_data(settings: DataSettings, classes: Sequence[str] | None = None) -> Data:
+    """Read what the settings name.
+
+    Args:
+        classes: names that the model has already; they win over those of the data.
+
+    Raises:
+        ConfigError: a source that cannot be read, or rows that lack a field or have another label.
+        UnsupportedError: a hub's name without the package `datasets`.
+    """
+    train = read_rows(settings.train, "--train")
+    dev = None if settings.dev is None else read_rows(settings.dev, "--dev")
+    known = settings.labels or (tuple(classes) if classes else None)
+    if known is None:
+        known = _classes(train, settings.columns.label)
+    if len(known) < 2:
+        raise ConfigError(f"--labels: at least two classes are needed, got {len(known)}")
+    examples = _examples(train, settings, known, "--train")
+    if dev is not None:
+        return Data(examples, _examples(dev, settings, known, "--dev"), known)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.seed))
+    held_out = int(len(examples) * settings.dev_share)
+    if held_out == 0:
+        raise ConfigError(f"--train has {len(examples)} rows, too few to hold some out: give --dev")
+    return Data(examples.at(order[held_out:]), examples.at(order[:held_out]), known)
+
+
+def read_rows(source: str, option: str) -> list[dict[str, Any]]:
+    """The rows of a file, or of a hub's data set.
+
+    Raises:
+        ConfigError: when it cannot be read.
+        UnsupportedError: a hub's name without the package `datasets`.
+    """
+    path = Path(source)
+    try:
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [
+                _json_object(line, f"{option} {source}, line {number}")
+                for number, line in enumerate(lines, start=1)
+                if line.strip()
+            ]
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{option} {source} cannot be read: {error}") from None
+    name, _, split = source.partition("@")
+    if not split:
+        raise ConfigError(
+            f"{option} {source}: neither a .jsonl or .csv file nor a data set's NAME[/CONFIG]@SPLIT"
+        )
+    return _hub_rows(name, split, option)
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: not a JSON object")
+    return row
+
+
+def _hub_rows(name: str, split: str, option: str) -> list[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise UnsupportedError(
+            f"{option} {name}@{split} needs the package `datasets`: install it, or give a file"
+        ) from None
+    # `owner/name/config`, or `name/config` for data sets without an owner.
+    path, _, config = name.rpartition("/") if name.count("/") == 2 else (name, "", None)
+    try:
+        found = datasets.load_dataset(path, config, split=split)
+    except Exception as error:  # whatever the hub or a loader fails with
+        raise ConfigError(f"{option} {name}@{split} cannot be loaded: {error}") from None
+    names = getattr(found.features.get("label"), "names", None)
+    rows = [dict(row) for row in found]
+    if names:
+        rows = [{**row, "label": names[row["label"]]} for row in rows]
+    return rows
+
+
+def _classes(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[str, ...]:
+    """Names for the labels that occur: `LABEL_i` for numbers, as Transformers has it."""
+    found = {str(row.get(column)) for row in rows}
+    if all(name.isdecimal() for name in found):
+        return tuple(f"LABEL_{i}" for i in range(max(int(name) for name in found) + 1))
+    return tuple(sorted(found))
+
+
+def _examples(
+    rows: Iterable[Mapping[str, Any]], settings: DataSettings, classes: Sequence[str], option: str
+) -> Examples:
+    texts: list[str] = []
+    labels: list[int] = []
+    place = {name: index for index, name in enumerate(classes)}
+    for number, row in enumerate(rows, start=1):
+        where = f"{option}, row {number}"
+        texts.append(_text(row, settings, where))
+        label = row.get(settings.columns.label)
+        if str(label) in place:
+            labels.append(place[str(label)])
+        elif str(label).isdecimal() and int(str(label)) < len(classes):
+            labels.append(int(str(label)))
+        else:
+            raise ConfigError(f"{where}: label {label!r} is none of {', '.join(classes)}")
+    if not texts:
+        raise ConfigError(f"{option} has no rows")
+    return Examples(texts, torch.tensor(labels))
+
+
+def _text(row: Mapping[str, Any], settings: DataSettings, where: str) -> str:
+    columns = settings.columns
+    fields = {"text": row.get(columns.text), "text_pair": row.get(columns.text_pair)}
+    template = settings.template or (PAIR_TEMPLATE if fields["text_pair"] else "{text}")
+    for name, value in fields.items():
+        if f"{{{name}}}" in template and not isinstance(value, str):
+            column = getattr(columns, name)
+            raise ConfigError(f"{where}: no text in column {column!r}")
+    return re.sub(r"\{(text|text_pair)\}", lambda found: fields[found[1]] or "", template)

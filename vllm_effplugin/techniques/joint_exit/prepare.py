@@ -1,0 +1,486 @@
+"""`effplugin prepare classify`: data, fine-tuning, states, heads and gates, choice, checkpoint.
+
+Every stage leaves its result in a work directory, so that the same command continues where an
+interrupted one stopped, and another `--write` starts from what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.config.checkpoint import (
+    PROVENANCE,
+    base_tensors,
+    link,
+    read_model_config,
+    require_output,
+    staged_directory,
+    write_checkpoint,
+)
+from vllm_effplugin.config.provenance import collect_provenance
+from vllm_effplugin.errors import ConfigError, UnsupportedError
+from vllm_effplugin.offline import run_with_engine
+from vllm_effplugin.preparation.backbone import Backbone, load_backbone
+from vllm_effplugin.preparation.base import fingerprint, load_tokenizer, stored_dtype
+from vllm_effplugin.preparation.precision import Precision
+from vllm_effplugin.preparation.workdir import WorkDirectory
+from vllm_effplugin.techniques.joint_exit import candidates as points
+from vllm_effplugin.techniques.joint_exit.candidates import Answers, Candidate, Held
+from vllm_effplugin.techniques.joint_exit.classifier import (
+    classes_of,
+    classifier_architecture,
+    own_head,
+    write_classifier,
+)
+from vllm_effplugin.techniques.joint_exit.config import ConformalLevel
+from vllm_effplugin.techniques.joint_exit.data import Data, DataSettings, read_data
+from vllm_effplugin.techniques.joint_exit.features import capture
+from vllm_effplugin.techniques.joint_exit.finetune import FineTuner, FineTuneSettings
+from vllm_effplugin.techniques.joint_exit.measure import Speed, measure
+from vllm_effplugin.techniques.joint_exit.report import (
+    MethodReport,
+    exit_figures,
+    exits_table,
+    frontier_png,
+    method_report,
+    methods_table,
+)
+from vllm_effplugin.techniques.joint_exit.training import Joint, JointTrainer, TrainSettings
+from vllm_effplugin.techniques.joint_exit.uncertainty import conformal_thresholds
+
+logger = logging.getLogger(__name__)
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Written = Literal["joint", "threshold", "fixed", "final"]
+
+SWEEP = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Trade-offs between loss in nats and the share of the model that runs."""
+
+MOST_POINTS = 16
+"""Operating points that are measured in vLLM."""
+
+
+class ClassifyRequest(BaseModel):
+    """Everything that decides what comes out, but for which method is written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: DataSettings
+    exits: tuple[Positive, ...] | None = Field(None, description="Depths; three by default.")
+    tune: FineTuneSettings | None = Field(None, description="Fine-tune the backbone first.")
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    trade_offs: tuple[Annotated[float, Field(ge=0)], ...] = Field(SWEEP, min_length=1)
+    most_loss: float = Field(0.005, ge=0, lt=1, description="Of accuracy, for a gain of speed.")
+    coverage: tuple[Share, ...] = Field((0.9, 0.95), description="Of prediction sets.")
+    measured_rows: int = Field(512, ge=1, description="Held-out texts classified for speed.")
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `prepare` found.
+
+    Attributes:
+        chosen: per method, the operating point taken; methods without one lose too much.
+        reports: the full model and what was measured.
+    """
+
+    chosen: dict[str, Candidate]
+    reports: list[MethodReport]
+
+
+def prepare(
+    model: Path,
+    out: Path,
+    request: ClassifyRequest,
+    *,
+    write: Written = "joint",
+    work_dir: Path | None = None,
+    keep: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Make a classifier with exits.
+
+    Args:
+        model: the base model's checkpoint directory, with a classification head or without.
+        out: directory to write.
+        request: what to make.
+        write: which method's operating point the checkpoint has; `final` is a stock classifier.
+        work_dir: for unfinished work; beside `out` by default, removed on success.
+        keep: keep it, for another call with the same request.
+        overwrite: replace a non-empty `out`.
+        console: where the tables go.
+
+    Raises:
+        ConfigError: settings or data that cannot work, or an unknown architecture.
+        CheckpointError: no model at `model`, or an `out` or work directory that cannot be used.
+        UnsupportedError: a model that vLLM cannot run.
+    """
+    console = console or Console()
+    require_output(out, overwrite=overwrite)
+    config = read_model_config(model)
+    architecture = classifier_architecture(config)
+    _check_model(model, config)
+    num_layers = int(config["num_hidden_layers"])
+    depths = _depths(request, num_layers)
+    data = read_data(request.data, classes_of(config))
+    out = out.absolute()
+    work = WorkDirectory(
+        work_dir or out.with_name(f".{out.name}.work"),
+        fingerprint(model, None, {**request.model_dump(mode="json"), **_sources(request.data)}),
+    )
+    sequences = _tokenized(model, data, request.data.max_length)
+    states = _states(model, architecture, depths, data, sequences, request, work)
+    held = Held(states["dev"], data.dev.labels, torch.tensor([len(s) for s in sequences["dev"]]))
+    alone, joint, undetached = _trained(model, config, states, data, depths, request, work)
+    stock = _classifier(model, architecture, data, alone, request, work)
+
+    full = points.full_answers(alone, held)
+    found = {
+        "joint": [
+            candidate
+            for trade_off, heads in joint.items()
+            for candidate in points.joint_candidates(heads, trade_off, depths, num_layers, held)
+        ],
+        "threshold": list(points.threshold_candidates(alone, depths, num_layers, held)),
+        "fixed": list(points.fixed_candidates(alone, depths, num_layers, held)),
+    }
+    chosen = {
+        method: candidate
+        for method, each in found.items()
+        if (candidate := points.choose(each, full, request.most_loss)) is not None
+    }
+    shown = _to_measure(found, chosen)
+    rows = min(request.measured_rows, len(sequences["dev"]))
+    speeds = _speeds(stock, shown, sequences["dev"][:rows], request, work)
+    labels = data.dev.labels
+    reports = [
+        method_report(candidate, full, labels, speed, rows)
+        for candidate, speed in zip([None, *shown], speeds, strict=True)
+    ]
+    ablation = [
+        method_report(candidate, full, labels, None, 0)
+        for trade_off, heads in undetached.items()
+        for candidate in points.joint_candidates(
+            heads, trade_off, depths, num_layers, held, (0.0,), ", r not detached"
+        )
+    ]
+    taken = chosen.get(write)
+    name = "the full model" if taken is None else taken.name
+    console.print(methods_table(reports, name))
+    if ablation:
+        console.print(methods_table(ablation, None))
+    if write != "final" and taken is None:
+        console.print(
+            f"[bold]No gain:[/bold] every operating point of `{write}` loses more than "
+            f"{request.most_loss} of accuracy. The checkpoint is written without exits."
+        )
+    provenance = {
+        **collect_provenance(),
+        "technique": "joint_exit",
+        "arguments": {"model": str(model), "write": write, **request.model_dump(mode="json")},
+        "classes": data.classes,
+        "methods": [report.model_dump() for report in reports],
+        "undetached": [report.model_dump() for report in ablation],
+    }
+    if taken is None:
+        _write_stock(stock, out, provenance, overwrite=overwrite)
+    else:
+        taken = taken.only_used(num_layers)
+        figures = exit_figures(taken, labels, num_layers)
+        console.print(exits_table(figures))
+        provenance["exits"] = [each.model_dump() for each in figures]
+        exits = taken.config.model_copy(
+            update={"conformal": tuple(_conformal(taken.answers, labels, len(figures), request))}
+        )
+        write_checkpoint(
+            stock,
+            out,
+            EfficiencyConfig(joint_exit=exits),
+            tensors=taken.tensors(),
+            provenance=provenance,
+            files={"frontier.png": frontier_png(reports, name)},
+            overwrite=overwrite,
+        )
+    if not keep:
+        work.remove()
+    return Outcome(chosen, reports)
+
+
+def _check_model(model: Path, config: dict[str, Any]) -> None:
+    base_tensors(model)
+    if config.get("efficiency") is not None:
+        raise ConfigError(f"{model} is an efficient checkpoint already; prepare its base model")
+    if config.get("quantization_config") is not None:
+        raise UnsupportedError(f"{model} is quantised; prepare the unquantised model")
+    if len(set(config.get("layer_types") or ())) > 1:
+        raise UnsupportedError(
+            f"{model} mixes kinds of attention layers, which exits do not support"
+        )
+    if torch.cuda.is_available():
+        raise UnsupportedError(
+            "exits are served on CPUs only so far: prepare them on the CPU machine that will serve "
+            "them (its speed decides what pays), or set CUDA_VISIBLE_DEVICES="
+        )
+
+
+def _depths(request: ClassifyRequest, num_layers: int) -> tuple[int, ...]:
+    depths = request.exits
+    if depths is None:
+        # Early layers have to learn the task before they can say anything about it.
+        shares = (0.2, 0.3, 0.4) if request.tune else (0.43, 0.53, 0.67)
+        depths = tuple(sorted({max(1, round(num_layers * share)) for share in shares}))
+    if list(depths) != sorted(set(depths)):
+        raise ConfigError(f"--exits must be increasing depths, got {list(depths)}")
+    if depths[-1] >= num_layers:
+        raise ConfigError(f"--exits: depth {depths[-1]} is not inside {num_layers} layers")
+    return depths
+
+
+def _sources(settings: DataSettings) -> dict[str, Any]:
+    """Size and time of the data's files, which work has to be thrown away with."""
+    stats = {}
+    for source in (settings.train, settings.dev):
+        if source is not None and Path(source).is_file():
+            found = Path(source).stat()
+            stats[source] = (found.st_size, found.st_mtime_ns)
+    return {"data_files": stats}
+
+
+def _tokenized(model: Path, data: Data, max_length: int) -> dict[str, list[list[int]]]:
+    """Token ids as vLLM makes them of a request's text."""
+    tokenizer = load_tokenizer(model)
+    limit = read_model_config(model).get("max_position_embeddings")
+    if limit is not None and max_length > limit:
+        raise ConfigError(f"--max-length {max_length} exceeds the model's {limit}")
+    sequences = {}
+    for name, examples in (("train", data.train), ("dev", data.dev)):
+        sequences[name] = tokenizer(
+            examples.texts, truncation=True, max_length=max_length, verbose=False
+        )["input_ids"]
+        if not all(sequences[name]):
+            raise ConfigError(f"an empty text among the {name} rows")
+    return sequences
+
+
+# --- Stages --------------------------------------------------------------------------------------
+
+
+def _states(
+    model: Path,
+    architecture: str,
+    depths: Sequence[int],
+    data: Data,
+    sequences: dict[str, list[list[int]]],
+    request: ClassifyRequest,
+    work: WorkDirectory,
+) -> dict[str, Tensor]:
+    """What heads read of the training and held-out texts; with a tuned backbone, if asked for."""
+    kept = work.tensors("states")
+    if kept is not None:
+        return kept
+    working = torch.bfloat16 if request.precision == "bf16" else torch.float32
+    backbone = load_backbone(model, architecture, working)
+    if request.tune is not None:
+        tuner = FineTuner(
+            backbone,
+            depths,
+            sequences["train"],
+            data.train.labels,
+            len(data.classes),
+            request.tune,
+        )
+        tuner.train(work.folder)
+        backbone = tuner.finish()
+        dtype = stored_dtype(read_model_config(model))
+        backbone.model.to(dtype)
+        tuned = {n: t.contiguous() for n, t in backbone.model.state_dict().items()}
+        work.save_tensors("tuned", tuned)
+        backbone.model.to(working)
+    found = {
+        name: capture(backbone, each, depths, request.precision, f"states, {name}")
+        for name, each in sequences.items()
+    }
+    work.save_tensors("states", found)
+    return found
+
+
+class _TradeOffs(BaseModel):
+    """Marks that the heads of all trade-offs are there."""
+
+    values: tuple[float, ...]
+
+
+def _trained(
+    model: Path,
+    config: dict[str, Any],
+    states: dict[str, Tensor],
+    data: Data,
+    depths: Sequence[int],
+    request: ClassifyRequest,
+    work: WorkDirectory,
+) -> tuple[Joint, dict[float, Joint], dict[float, Joint]]:
+    """Heads that learnt alone; with gates, per trade-off; and the same with `r` not detached."""
+    if work.result("heads", _TradeOffs) is None:
+        num_layers = int(config["num_hidden_layers"])
+        cost = [*(depth / num_layers for depth in depths), 1.0]
+        tensors: dict[str, Tensor] = {}
+
+        def keep(name: str, heads: Joint) -> None:
+            tensors.update({f"{name}.{part}": tensor for part, tensor in vars(heads).items()})
+
+        for detach in (True, False):
+            settings = request.train.model_copy(update={"detach": detach})
+            trainer = JointTrainer(
+                states["train"],
+                data.train.labels,
+                len(data.classes),
+                cost,
+                settings,
+                final=None if request.tune is not None else own_head(model, config),
+                final_bias=config["model_type"] == "bert",
+            )
+            if detach:
+                keep("alone", trainer.warm_up())
+            for place, trade_off in enumerate(request.trade_offs):
+                keep(f"{'joint' if detach else 'undetached'}.{place}", trainer.train(trade_off))
+        work.save_tensors("heads", tensors)
+        work.save_result("heads", _TradeOffs(values=request.trade_offs))
+    stored = work.tensors("heads")
+    assert stored is not None
+
+    def heads(name: str) -> Joint:
+        return Joint(*(stored[f"{name}.{part}"] for part in Joint.__dataclass_fields__))
+
+    return (
+        heads("alone"),
+        {value: heads(f"joint.{i}") for i, value in enumerate(request.trade_offs)},
+        {value: heads(f"undetached.{i}") for i, value in enumerate(request.trade_offs)},
+    )
+
+
+def _classifier(
+    model: Path,
+    architecture: str,
+    data: Data,
+    alone: Joint,
+    request: ClassifyRequest,
+    work: WorkDirectory,
+) -> Path:
+    """The stock classifier: the model itself, if it is one and stays as it is."""
+    config = read_model_config(model)
+    if request.tune is None and own_head(model, config) is not None:
+        return model
+    folder = work.folder / "classifier"
+    if not folder.exists():
+        backbone: Backbone | None = None
+        tuned = work.tensors("tuned")
+        if tuned is not None:
+            backbone = load_backbone(model, architecture, stored_dtype(config))
+            backbone.model.load_state_dict(tuned)
+        with staged_directory(folder, overwrite=False) as staging:
+            write_classifier(
+                model,
+                staging,
+                architecture,
+                data.classes,
+                alone.weight[-1],
+                alone.bias[-1] if architecture.startswith("Bert") else None,
+                backbone,
+            )
+    return folder
+
+
+def _to_measure(found: dict[str, list[Candidate]], chosen: dict[str, Candidate]) -> list[Candidate]:
+    """Of each method what is taken, and as much of its frontier as there is time for."""
+    shown: list[Candidate] = list(chosen.values())
+    frontiers = [points.frontier(each) for each in found.values()]
+    for place in range(max(len(each) for each in frontiers)):
+        for method in frontiers:
+            # The whole range: from both ends and the middle first.
+            if place < len(method) and method[place] not in shown:
+                shown.append(method[place])
+    kept = shown[: len(chosen)] + _thinned(shown[len(chosen) :], MOST_POINTS - len(chosen))
+    order = list(found)
+    return sorted(kept, key=lambda each: (order.index(each.method), each.layers))
+
+
+def _thinned(values: list[Candidate], most: int) -> list[Candidate]:
+    step = max(1, -(-len(values) // most))
+    return values[::step]
+
+
+def _speeds(
+    stock: Path,
+    shown: Sequence[Candidate],
+    sequences: list[list[int]],
+    request: ClassifyRequest,
+    work: WorkDirectory,
+) -> list[Speed]:
+    """Speeds of the full model and of each operating point."""
+    kept = work.result("speeds", _Speeds)
+    if kept is not None:
+        return kept.speeds
+    logger.warning("measuring %d operating points in vLLM", len(shown) + 1)
+    folder = work.folder / "candidate"
+    first = next(each for each in shown if each.config.rule == "joint")
+    write_checkpoint(
+        stock,
+        folder,
+        EfficiencyConfig(joint_exit=first.config),
+        tensors=first.tensors(),
+        provenance={},
+        overwrite=True,
+    )
+    arguments = []
+    for place, candidate in enumerate(shown):
+        path = work.folder / f"candidate-{place}.safetensors"
+        save_file(candidate.tensors(), path)
+        arguments.append((candidate.config.model_dump_json(), str(path)))
+    answers = run_with_engine(measure, str(folder), sequences, arguments, request.data.max_length)
+    result = _Speeds(speeds=[Speed.model_validate(each) for each in answers])
+    work.save_result("speeds", result)
+    return result.speeds
+
+
+class _Speeds(BaseModel):
+    speeds: list[Speed]
+
+
+def _conformal(
+    answers: Answers, labels: Tensor, places: int, request: ClassifyRequest
+) -> Iterable[ConformalLevel]:
+    for coverage in request.coverage:
+        yield ConformalLevel(
+            coverage=coverage,
+            thresholds=conformal_thresholds(
+                answers.probabilities.numpy(),
+                labels.numpy(),
+                answers.exits.numpy(),
+                places,
+                coverage,
+            ),
+        )
+
+
+def _write_stock(stock: Path, out: Path, provenance: dict[str, Any], *, overwrite: bool) -> None:
+    with staged_directory(out, overwrite=overwrite) as staging:
+        for source in stock.iterdir():
+            if source.is_file() and source.name != PROVENANCE:
+                link(source, staging / source.name)
+        text = json.dumps(provenance, indent=2) + "\n"
+        (staging / PROVENANCE).write_text(text, encoding="utf-8")
