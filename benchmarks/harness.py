@@ -82,11 +82,20 @@ def efficient(stock: EngineSpec, **sections: Any) -> EngineSpec:
 
 @dataclass(frozen=True)
 class Metric:
-    """A plainly named number, unit in the name. `measure` must be picklable (it is sent over)."""
+    """A plainly named number, unit in the name. `measure` must be picklable (it is sent over).
+
+    `once` is for what does not change from round to round, `alone` for what only the candidate has.
+    """
 
     name: str
     measure: Callable[[Engine], float]
     better: Literal["lower", "higher"]
+    once: bool = False
+    alone: bool = False
+
+    def turns(self, rounds: int, engines: int) -> int:
+        """How often it is measured, warm-up included."""
+        return (1 if self.once else rounds + 1) * (1 if self.alone else engines)
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ class Row:
         Without a baseline: of the candidate's values over their median, so that a spread always is
         a fraction.
         """
-        median = statistics.median(self.candidate)
+        median = statistics.median(self.candidate) or 1.0
         return _quartiles(self.ratios or [value / median for value in self.candidate])
 
     def as_json(self) -> dict[str, Any]:
@@ -197,6 +206,8 @@ class Engine:
 
     llm: Any
     vocab_size: int
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What a metric leaves for another."""
     _requests: Iterator[int] = field(default_factory=itertools.count)
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
@@ -470,7 +481,7 @@ def interleave(
     """Measure all metrics on all engines in turn, after one warm-up of each that is thrown away.
 
     Args:
-        engines: one or two.
+        engines: one or two, the candidate last.
         metrics: in the order to measure.
         rounds: repetitions; the order of the engines alternates between them.
         measured: called after every measurement, warm-up included.
@@ -482,6 +493,8 @@ def interleave(
     for round_ in range(-1, rounds):
         order = range(len(engines)) if round_ % 2 == 0 else reversed(range(len(engines)))
         for metric, index in itertools.product(metrics, list(order)):
+            if (metric.once and round_ != 0) or (metric.alone and index != len(engines) - 1):
+                continue
             value = engines[index].measure(metric.measure)
             if round_ >= 0:
                 values[index][metric.name].append(value)
@@ -554,7 +567,7 @@ def run(
                     progress.update(
                         task,
                         description=case.path,
-                        total=(rounds + 1) * len(case.metrics) * len(alive),
+                        total=sum(metric.turns(rounds, len(alive)) for metric in case.metrics),
                     )
                     values = interleave(
                         alive, case.metrics, rounds, partial(progress.advance, task)
@@ -572,7 +585,7 @@ def run(
                     Row(
                         case.path,
                         metric,
-                        baseline[0][metric.name] if baseline else None,
+                        baseline[0][metric.name] if baseline and not metric.alone else None,
                         candidate[metric.name],
                     )
                     for metric in case.metrics

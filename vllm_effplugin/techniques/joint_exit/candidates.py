@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,11 @@ from vllm_effplugin.techniques.joint_exit.config import (
 )
 from vllm_effplugin.techniques.joint_exit.distribution import exits_taken
 from vllm_effplugin.techniques.joint_exit.training import Joint, gate_logits
-from vllm_effplugin.techniques.joint_exit.uncertainty import calibration_error
+from vllm_effplugin.techniques.joint_exit.uncertainty import (
+    FEWEST,
+    calibration_error,
+    fit_temperature,
+)
 
 Method = Literal["joint", "threshold", "fixed"]
 
@@ -104,7 +108,25 @@ class Candidate:
             found |= {"gate_weight": self.heads.gate_weight, "gate_bias": self.heads.gate_bias}
         return {f"{HEADS}.{name}": tensor.float().contiguous() for name, tensor in found.items()}
 
-    def only_used(self, num_layers: int) -> Candidate:
+    def calibrated(self, labels: Tensor) -> Candidate:
+        """The same with temperatures that fit those sequences which leave at each exit."""
+        probabilities = self.answers.probabilities.clone()
+        points = []
+        for exit, point in enumerate(self.config.exits):
+            here = self.answers.exits == exit
+            temperature = 1.0
+            if int(here.sum()) > FEWEST:
+                own = probabilities[here]
+                temperature = fit_temperature(own.numpy(), labels[here].numpy())
+                probabilities[here] = (own.clamp_min(1e-12).log() / temperature).softmax(-1)
+            points.append(point.model_copy(update={"temperature": temperature}))
+        return replace(
+            self,
+            config=self.config.model_copy(update={"exits": tuple(points)}),
+            answers=replace(self.answers, probabilities=probabilities),
+        )
+
+    def only_used(self) -> Candidate:
         """The same without exits at which nothing ever leaves."""
         kept = [i for i, point in enumerate(self.config.exits) if point.threshold < NEVER]
         if self.config.rule == "joint" or len(kept) == len(self.config.exits):
@@ -112,18 +134,18 @@ class Candidate:
         rows = [*kept, len(self.config.exits)]
         place = {old: new for new, old in enumerate(rows)}
         exits = torch.tensor([place[exit] for exit in self.answers.exits.tolist()])
-        return Candidate(
-            self.method,
-            self.name,
-            self.config.model_copy(update={"exits": tuple(self.config.exits[i] for i in kept)}),
-            Joint(
+        return replace(
+            self,
+            config=self.config.model_copy(
+                update={"exits": tuple(self.config.exits[i] for i in kept)}
+            ),
+            heads=Joint(
                 self.heads.weight[rows],
                 self.heads.bias[rows],
                 self.heads.gate_weight[kept],
                 self.heads.gate_bias[kept],
             ),
-            Answers(self.answers.probabilities, exits, self.answers.right),
-            self.layers,
+            answers=replace(self.answers, exits=exits),
         )
 
 
@@ -151,7 +173,7 @@ def joint_candidates(
             exits=tuple(SequenceExit(depth=depth) for depth in depths), bias=bias
         )
         exits = exits_taken((gates + bias).sigmoid())
-        name = f"lambda {trade_off:g}, bias {bias:g}{suffix}"
+        name = f"λ={trade_off:g} b={bias:g}{suffix}"
         yield _candidate("joint", name, config, heads, probabilities, exits, num_layers, held)
 
 
@@ -162,7 +184,7 @@ def threshold_candidates(
     for threshold in THRESHOLDS:
         thresholds = [threshold] * len(depths)
         yield _by_confidence(
-            "threshold", f"probability {threshold:g}", heads, depths, thresholds, num_layers, held
+            "threshold", f"p={threshold:g}", heads, depths, thresholds, num_layers, held
         )
 
 

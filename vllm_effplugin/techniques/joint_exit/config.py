@@ -31,6 +31,12 @@ class SequenceExit(BaseModel):
         description="Under the rule `confidence`: a sequence leaves when its most likely class "
         "has this probability; at 1, none does.",
     )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="What divides the logits of sequences that leave here, so that probabilities "
+        "are what they say. It does not decide who leaves.",
+    )
 
 
 class ConformalLevel(BaseModel):

@@ -80,8 +80,8 @@ def read_data(settings: DataSettings, classes: Sequence[str] | None = None) -> D
         ConfigError: a source that cannot be read, or rows that lack a field or have another label.
         UnsupportedError: a hub's name without the package `datasets`.
     """
-    train = read_rows(settings.train, "--train")
-    dev = None if settings.dev is None else read_rows(settings.dev, "--dev")
+    train = read_rows(settings.train, "--train", settings.columns)
+    dev = None if settings.dev is None else read_rows(settings.dev, "--dev", settings.columns)
     known = settings.labels or (tuple(classes) if classes else None)
     if known is None:
         known = _classes(train, settings.columns.label)
@@ -97,7 +97,7 @@ def read_data(settings: DataSettings, classes: Sequence[str] | None = None) -> D
     return Data(examples.at(order[held_out:]), examples.at(order[:held_out]), known)
 
 
-def read_rows(source: str, option: str) -> list[dict[str, Any]]:
+def read_rows(source: str, option: str, columns: Columns) -> list[dict[str, Any]]:
     """The rows of a file, or of a hub's data set.
 
     Raises:
@@ -123,7 +123,7 @@ def read_rows(source: str, option: str) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{option} {source}: neither a .jsonl or .csv file nor a data set's NAME[/CONFIG]@SPLIT"
         )
-    return _hub_rows(name, split, option)
+    return _hub_rows(name, split, option, columns.label)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _hub_rows(name: str, split: str, option: str) -> list[dict[str, Any]]:
+def _hub_rows(name: str, split: str, option: str, label: str) -> list[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
@@ -149,10 +149,10 @@ def _hub_rows(name: str, split: str, option: str) -> list[dict[str, Any]]:
         found = datasets.load_dataset(path, config, split=split)
     except Exception as error:  # whatever the hub or a loader fails with
         raise ConfigError(f"{option} {name}@{split} cannot be loaded: {error}") from None
-    names = getattr(found.features.get("label"), "names", None)
+    names = getattr(found.features.get(label), "names", None)
     rows = [dict(row) for row in found]
     if names:
-        rows = [{**row, "label": names[row["label"]]} for row in rows]
+        rows = [{**row, label: names[row[label]]} for row in rows]
     return rows
 
 

@@ -185,7 +185,8 @@ class SequenceExitLoop(TrunkLoop):
                 continue
             if answers is None:
                 answers = logits.new_zeros(len(exits), logits.shape[1])
-            answers[self._on_device(alive[leaves])] = logits[self._on_device(leaves[wanted])]
+            gone = logits[self._on_device(leaves[wanted])] / self.config.exits[exit].temperature
+            answers[self._on_device(alive[leaves])] = gone
             exits[alive[leaves]] = exit
             if leaves.all():
                 break

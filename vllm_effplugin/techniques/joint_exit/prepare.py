@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.preparation.backbone import Backbone, load_backbone
 from vllm_effplugin.preparation.base import fingerprint, load_tokenizer, stored_dtype
 from vllm_effplugin.preparation.precision import Precision
+from vllm_effplugin.preparation.tables import print_whole
 from vllm_effplugin.preparation.workdir import WorkDirectory
 from vllm_effplugin.techniques.joint_exit import candidates as points
 from vllm_effplugin.techniques.joint_exit.candidates import Answers, Candidate, Held
@@ -69,8 +71,8 @@ Written = Literal["joint", "threshold", "fixed", "final"]
 SWEEP = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Trade-offs between loss in nats and the share of the model that runs."""
 
-MOST_POINTS = 16
-"""Operating points that are measured in vLLM."""
+POINTS_PER_METHOD = 5
+"""Operating points that are measured in vLLM, next to the one that is taken."""
 
 
 class ClassifyRequest(BaseModel):
@@ -164,26 +166,31 @@ def prepare(
         for method, each in found.items()
         if (candidate := points.choose(each, full, request.most_loss)) is not None
     }
-    shown = _to_measure(found, chosen)
+    labels = data.dev.labels
+    chosen = {method: candidate.calibrated(labels) for method, candidate in chosen.items()}
+    shown = _to_measure(found, chosen, labels)
     rows = min(request.measured_rows, len(sequences["dev"]))
     speeds = _speeds(stock, shown, sequences["dev"][:rows], request, work)
-    labels = data.dev.labels
     reports = [
         method_report(candidate, full, labels, speed, rows)
         for candidate, speed in zip([None, *shown], speeds, strict=True)
     ]
     ablation = [
         method_report(candidate, full, labels, None, 0)
-        for trade_off, heads in undetached.items()
+        for trade_off in request.trade_offs
+        for heads, suffix in ((joint, ""), (undetached, ", r not detached"))
         for candidate in points.joint_candidates(
-            heads, trade_off, depths, num_layers, held, (0.0,), ", r not detached"
+            heads[trade_off], trade_off, depths, num_layers, held, (0.0,), suffix
         )
     ]
+    # Links to a work directory on another file system would end with it.
+    copy = work.folder.stat().st_dev != _existing(out).stat().st_dev
     taken = chosen.get(write)
     name = "the full model" if taken is None else taken.name
-    console.print(methods_table(reports, name))
-    if ablation:
-        console.print(methods_table(ablation, None))
+    print_whole(console, methods_table("Held-out sequences", reports, name))
+    print_whole(
+        console, methods_table("Whether `r` is detached; the paper's rule, b=0", ablation, None)
+    )
     if write != "final" and taken is None:
         console.print(
             f"[bold]No gain:[/bold] every operating point of `{write}` loses more than "
@@ -195,14 +202,14 @@ def prepare(
         "arguments": {"model": str(model), "write": write, **request.model_dump(mode="json")},
         "classes": data.classes,
         "methods": [report.model_dump() for report in reports],
-        "undetached": [report.model_dump() for report in ablation],
+        "detached_or_not": [report.model_dump() for report in ablation],
     }
     if taken is None:
-        _write_stock(stock, out, provenance, overwrite=overwrite)
+        _write_stock(stock, out, provenance, overwrite=overwrite, copy=copy)
     else:
-        taken = taken.only_used(num_layers)
+        taken = taken.only_used()
         figures = exit_figures(taken, labels, num_layers)
-        console.print(exits_table(figures))
+        print_whole(console, exits_table(figures))
         provenance["exits"] = [each.model_dump() for each in figures]
         exits = taken.config.model_copy(
             update={"conformal": tuple(_conformal(taken.answers, labels, len(figures), request))}
@@ -215,6 +222,7 @@ def prepare(
             provenance=provenance,
             files={"frontier.png": frontier_png(reports, name)},
             overwrite=overwrite,
+            copy=copy,
         )
     if not keep:
         work.remove()
@@ -242,7 +250,7 @@ def _depths(request: ClassifyRequest, num_layers: int) -> tuple[int, ...]:
     depths = request.exits
     if depths is None:
         # Early layers have to learn the task before they can say anything about it.
-        shares = (0.2, 0.3, 0.4) if request.tune else (0.43, 0.53, 0.67)
+        shares = (0.2, 0.33, 0.53) if request.tune else (0.43, 0.53, 0.67)
         depths = tuple(sorted({max(1, round(num_layers * share)) for share in shares}))
     if list(depths) != sorted(set(depths)):
         raise ConfigError(f"--exits must be increasing depths, got {list(depths)}")
@@ -405,23 +413,18 @@ def _classifier(
     return folder
 
 
-def _to_measure(found: dict[str, list[Candidate]], chosen: dict[str, Candidate]) -> list[Candidate]:
+def _to_measure(
+    found: dict[str, list[Candidate]], chosen: dict[str, Candidate], labels: Tensor
+) -> list[Candidate]:
     """Of each method what is taken, and as much of its frontier as there is time for."""
-    shown: list[Candidate] = list(chosen.values())
-    frontiers = [points.frontier(each) for each in found.values()]
-    for place in range(max(len(each) for each in frontiers)):
-        for method in frontiers:
-            # The whole range: from both ends and the middle first.
-            if place < len(method) and method[place] not in shown:
-                shown.append(method[place])
-    kept = shown[: len(chosen)] + _thinned(shown[len(chosen) :], MOST_POINTS - len(chosen))
+    taken = {candidate.name for candidate in chosen.values()}
+    shown = list(chosen.values())
+    for each in found.values():
+        others = [one for one in points.frontier(each) if one.name not in taken]
+        step = max(1, -(-len(others) // POINTS_PER_METHOD))
+        shown += [one.calibrated(labels) for one in others[::step]]
     order = list(found)
-    return sorted(kept, key=lambda each: (order.index(each.method), each.layers))
-
-
-def _thinned(values: list[Candidate], most: int) -> list[Candidate]:
-    step = max(1, -(-len(values) // most))
-    return values[::step]
+    return sorted(shown, key=lambda each: (order.index(each.method), each.layers))
 
 
 def _speeds(
@@ -477,10 +480,17 @@ def _conformal(
         )
 
 
-def _write_stock(stock: Path, out: Path, provenance: dict[str, Any], *, overwrite: bool) -> None:
+def _write_stock(
+    stock: Path, out: Path, provenance: dict[str, Any], *, overwrite: bool, copy: bool
+) -> None:
     with staged_directory(out, overwrite=overwrite) as staging:
         for source in stock.iterdir():
             if source.is_file() and source.name != PROVENANCE:
-                link(source, staging / source.name)
+                (shutil.copy2 if copy else link)(source, staging / source.name)
         text = json.dumps(provenance, indent=2) + "\n"
         (staging / PROVENANCE).write_text(text, encoding="utf-8")
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that there is."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())

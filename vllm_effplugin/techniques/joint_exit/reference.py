@@ -53,7 +53,8 @@ class ReferenceClassifier:
         stays = 1.0
         for index, depth in enumerate(depths if exit else ()):
             logits = self._tensors["weight"][index] @ states[index][0].float()
-            p = (logits + self._tensors["bias"][index]).softmax(-1)
+            logits = logits + self._tensors["bias"][index]
+            p = logits.softmax(-1)
             if self._config.rule == "confidence":
                 leaves = self._confident(index, float(p.max()), bias)
             else:
@@ -68,7 +69,8 @@ class ReferenceClassifier:
                 stays *= 1.0 - conditional
                 leaves = conditional >= 0.5
             if leaves:
-                return p.tolist(), depth
+                answer = logits / self._config.exits[index].temperature
+                return answer.softmax(-1).tolist(), depth
         weight, final_bias = self._final
         logits = weight.float() @ states[-1][0].float()
         if final_bias is not None:

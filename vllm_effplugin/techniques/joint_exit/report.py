@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -105,19 +106,19 @@ def exit_figures(candidate: Candidate, labels: Tensor, num_layers: int) -> list[
     return figures
 
 
-def methods_table(reports: Sequence[MethodReport], chosen: str | None) -> Table:
+def methods_table(title: str, reports: Sequence[MethodReport], chosen: str | None) -> Table:
     """One row per operating point; the one that is written stands out."""
-    table = Table(title="Held-out sequences")
+    table = Table(title=title, box=SIMPLE_HEAD)
     for name in ("method", "operating point"):
-        table.add_column(name)
-    for name in ("accuracy", "against the full model", "layers", "ECE", "requests/s", "ratio"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("accuracy", "against full", "layers", "ECE", "req/s", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
     for report in reports:
         table.add_row(
             report.method,
-            report.name,
+            report.name + (" *" if report.name == chosen else ""),
             f"{report.accuracy:.4f}",
-            "" if report.method == FINAL else f"{report.difference:+.4f} ± {report.error:.4f}",
+            "" if report.method == FINAL else f"{report.difference:+.4f}±{report.error:.4f}",
             f"{report.layers:.3f}",
             f"{report.ece:.4f}",
             "" if report.requests_s is None else f"{report.requests_s:.1f}",
@@ -129,7 +130,7 @@ def methods_table(reports: Sequence[MethodReport], chosen: str | None) -> Table:
 
 def exits_table(figures: Sequence[ExitFigures]) -> Table:
     """One row per exit."""
-    table = Table(title="Where the held-out sequences get their answer")
+    table = Table(box=SIMPLE_HEAD, title="Where the held-out sequences get their answer")
     for name in ("depth", "share", "accuracy", "ECE", "mean confidence"):
         table.add_column(name, justify="right")
     for each in figures:

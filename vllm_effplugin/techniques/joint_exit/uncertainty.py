@@ -19,6 +19,9 @@ BINS = 15
 FEWEST = 20
 """Sequences up to which an exit shares its threshold with the others."""
 
+TEMPERATURES = np.exp(np.linspace(-1.5, 1.5, 121))
+_TINY = 1e-12
+
 
 def calibration_error(probabilities: Floats, labels: Ints, bins: int = BINS) -> float:
     """Expected calibration error of `[N, C]` probabilities, over bins of equal width.
@@ -31,6 +34,18 @@ def calibration_error(probabilities: Floats, labels: Ints, bins: int = BINS) -> 
         abs(float(confidence[place == i].sum()) - int(right[place == i].sum())) for i in range(bins)
     ]
     return sum(gaps) / max(1, len(labels))
+
+
+def fit_temperature(probabilities: Floats, labels: Ints) -> float:
+    """What divides the logits of `[N, C]` probabilities for the smallest mean cross-entropy."""
+    logits = np.log(np.maximum(probabilities, _TINY))
+    losses = []
+    for temperature in TEMPERATURES:
+        scaled = logits / temperature
+        scaled = scaled - scaled.max(1, keepdims=True)
+        own = scaled[np.arange(len(labels)), labels]
+        losses.append(float((np.log(np.exp(scaled).sum(1)) - own).mean()))
+    return float(TEMPERATURES[int(np.argmin(losses))])
 
 
 def conformal_threshold(scores: Floats, coverage: float) -> float:

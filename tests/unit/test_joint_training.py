@@ -1,0 +1,217 @@
+"""Training heads and gates, and choosing among what comes out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_effplugin.techniques.joint_exit.candidates import (
+    Answers,
+    Candidate,
+    Held,
+    choose,
+    difference,
+    fixed_candidates,
+    frontier,
+    full_answers,
+    joint_candidates,
+    threshold_candidates,
+)
+from vllm_effplugin.techniques.joint_exit.config import HEADS
+from vllm_effplugin.techniques.joint_exit.distribution import exits_taken
+from vllm_effplugin.techniques.joint_exit.training import Joint, JointTrainer, TrainSettings
+
+DEPTHS, LAYERS = (4, 8), 12
+COST = (4 / 12, 8 / 12, 1.0)
+
+
+def states(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two classes; half of the sequences show theirs at every exit, the others at the end only.
+
+    In dimension 0, far from zero and on a large scale; the other dimensions are noise.
+    """
+    chance = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (count,), generator=chance)
+    easy = torch.rand(count, generator=chance) < 0.5
+    found = torch.randn(3, count, 8, generator=chance)
+    sign = 2.0 * labels - 1
+    found[:2, :, 0] = torch.where(easy, 4 * sign, found[:2, :, 0])
+    found[2, :, 0] = 4 * sign + found[2, :, 0]
+    found[..., 0] = 50 * found[..., 0] + 300
+    return found, labels
+
+
+def held(seed: int = 1) -> Held:
+    found, labels = states(2000, seed)
+    return Held(found, labels, torch.ones(2000))
+
+
+@pytest.fixture(scope="module")
+def trainer() -> JointTrainer:
+    found, labels = states(4000)
+    return JointTrainer(found, labels, 2, COST, TrainSettings(warm_up_epochs=4, epochs=16))
+
+
+def accuracies(heads: Joint, sample: Held) -> list[float]:
+    right = heads.logits(sample.states).argmax(-1) == sample.labels
+    return right.float().mean(1).tolist()
+
+
+def test_heads_learn_what_their_states_show(trainer: JointTrainer) -> None:
+    """On states as they are, though they were trained on standardised ones."""
+    early, late, final = accuracies(trainer.warm_up(), held())
+    assert early == pytest.approx(0.75, abs=0.03)
+    assert late == pytest.approx(0.75, abs=0.03)
+    assert final > 0.99
+    assert exits_taken(trainer.warm_up().gates(torch.rand(2, 5, 2).softmax(-1))).tolist() == [2] * 5
+
+
+def test_gates_let_the_easy_half_go(trainer: JointTrainer) -> None:
+    sample, heads = held(), trainer.train(0.2)
+    full = full_answers(heads, sample)
+    [candidate] = joint_candidates(heads, 0.2, DEPTHS, LAYERS, sample, (0.0,))
+    assert candidate.layers < 0.75
+    assert candidate.answers.accuracy > full.accuracy - 0.03
+    gone = candidate.answers.exits == 0
+    assert 0.4 < float(gone.float().mean()) < 0.6
+
+
+def test_cost_makes_gates_let_go_earlier(trainer: JointTrainer) -> None:
+    sample = held()
+
+    def layers(trade_off: float) -> float:
+        heads = trainer.train(trade_off)
+        [candidate] = joint_candidates(heads, trade_off, DEPTHS, LAYERS, sample, (0.0,))
+        return candidate.layers
+
+    assert layers(0.01) > layers(3.0) + 0.1
+
+
+def test_gates_influence_heads_only_where_r_is_detached() -> None:
+    found, labels = states(2000)
+
+    def heads(detach: bool) -> tuple[Tensor, Tensor]:
+        settings = TrainSettings(warm_up_epochs=1, epochs=6, phase=20, detach=detach)
+        trainer = JointTrainer(found, labels, 2, COST, settings)
+        return trainer.train(0.01).weight, trainer.train(3.0).weight
+
+    # With r in the gradient the heads' loss is plain cross-entropy, whatever the gates say.
+    torch.testing.assert_close(*heads(False), rtol=1e-3, atol=1e-5)
+    one, other = heads(True)
+    assert not torch.allclose(one, other, rtol=1e-2, atol=1e-4)
+
+
+def test_a_head_that_the_model_has_is_kept() -> None:
+    found, labels = states(1000)
+    weight, bias = torch.randn(2, 8), torch.randn(2)
+    settings = TrainSettings(warm_up_epochs=1, epochs=2, phase=5)
+    for own_bias in (bias, None):
+        trainer = JointTrainer(found, labels, 2, COST, settings, final=(weight, own_bias))
+        for heads in (trainer.warm_up(), trainer.train(0.2)):
+            torch.testing.assert_close(heads.weight[-1], weight)
+            expected = torch.zeros(2) if own_bias is None else bias
+            torch.testing.assert_close(heads.bias[-1], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_head_without_bias() -> None:
+    found, labels = states(1000)
+    settings = TrainSettings(warm_up_epochs=2, epochs=2, phase=5)
+    trainer = JointTrainer(found, labels, 2, COST, settings, final_bias=False)
+    for heads in (trainer.warm_up(), trainer.train(0.2)):
+        assert heads.bias[-1].tolist() == [0, 0]
+        assert (heads.bias[:-1] != 0).any()
+
+
+# --- Operating points ----------------------------------------------------------------------------
+
+
+def test_fixed_and_threshold_points(trainer: JointTrainer) -> None:
+    sample, heads = held(), trainer.warm_up()
+    fixed = list(fixed_candidates(heads, DEPTHS, LAYERS, sample))
+    assert [each.layers for each in fixed] == pytest.approx([4 / 12, 8 / 12])
+    assert [each.answers.exits.unique().tolist() for each in fixed] == [[0], [1]]
+    [shallow] = [each.only_used() for each in fixed if each.config.exits[0].threshold == 0]
+    assert shallow.config.depths == (4,)
+    assert shallow.tensors()[f"{HEADS}.weight"].shape == (1, 2, 8)
+    [deep] = [each.only_used() for each in fixed if each.config.exits[1].threshold == 0]
+    assert deep.config.depths == (8,)
+    torch.testing.assert_close(deep.tensors()[f"{HEADS}.weight"], heads.weight[1:2])
+    assert deep.answers.exits.unique().tolist() == [0]
+    careful = list(threshold_candidates(heads, DEPTHS, LAYERS, sample))
+    assert [each.layers for each in careful] == sorted(each.layers for each in careful)
+    for each in careful:
+        limit = each.config.exits[0].threshold
+        left = each.answers.exits < 2
+        assert (each.answers.probabilities[left].amax(-1) >= limit).all()
+
+
+def test_layers_are_weighed_by_length(trainer: JointTrainer) -> None:
+    sample = held()
+    [candidate] = [
+        each
+        for each in threshold_candidates(trainer.warm_up(), DEPTHS, LAYERS, sample)
+        if each.config.exits[0].threshold == 0.9
+    ]
+    stay = candidate.answers.exits == 2
+    longer = Held(sample.states, sample.labels, 1.0 + 9.0 * stay)
+    [again] = [
+        each
+        for each in threshold_candidates(trainer.warm_up(), DEPTHS, LAYERS, longer)
+        if each.config.exits[0].threshold == 0.9
+    ]
+    depths = torch.tensor([4.0, 8.0, 12.0])[candidate.answers.exits]
+    expected = float((depths * longer.lengths).sum() / longer.lengths.sum()) / 12
+    assert again.layers == pytest.approx(expected)
+    assert again.layers > candidate.layers
+
+
+def answers(right: list[bool]) -> Answers:
+    return Answers(torch.rand(len(right), 2), torch.zeros(len(right)), torch.tensor(right))
+
+
+def point(layers: float, right: list[bool]) -> Candidate:
+    config, heads = None, None
+    return Candidate("joint", "", config, heads, answers(right), layers)  # type: ignore[arg-type]
+
+
+def test_a_difference_is_paired() -> None:
+    full = answers([True] * 90 + [False] * 10)
+    same = answers([True] * 90 + [False] * 10)
+    assert difference(same, full) == (0, 0)
+    other = answers([False, *[True] * 99])
+    gained, error = difference(other, full)
+    assert gained == pytest.approx(0.09)
+    changes = torch.tensor([-1.0, *[0.0] * 89, *[1.0] * 10])
+    assert error == pytest.approx(float(changes.std()) / 10)
+
+
+def test_the_fastest_that_surely_loses_little_is_taken() -> None:
+    full = answers([True] * 900 + [False] * 100)
+    lossy = point(0.3, [True] * 880 + [False] * 120)
+    # Loses nothing on average, but on so few sequences that might be luck.
+    unsure = point(0.4, [False] * 60 + [True] * 900 + [False] * 40)
+    good = point(0.5, [True] * 899 + [False] * 101)
+    slow = point(0.6, [True] * 950 + [False] * 50)
+    points = [slow, good, unsure, lossy]
+    assert choose(points, full, 0.005) is good
+    assert choose(points, full, 0.05) is lossy
+    assert choose([lossy], full, 0.005) is None
+    assert frontier(points) == [lossy, unsure, slow]
+
+
+def test_temperatures_fit_those_that_leave(trainer: JointTrainer) -> None:
+    sample, heads = held(), trainer.warm_up()
+    sharp = Joint(4 * heads.weight, 4 * heads.bias, heads.gate_weight, heads.gate_bias)
+    candidates = threshold_candidates(sharp, DEPTHS, LAYERS, sample)
+    candidate = next(each for each in candidates if each.config.exits[0].threshold == 0.6)
+    better = candidate.calibrated(sample.labels)
+    assert better.config.exits[0].temperature > 1.5
+    assert better.answers.calibration_error(sample.labels) < candidate.answers.calibration_error(
+        sample.labels
+    )
+    torch.testing.assert_close(better.answers.exits, candidate.answers.exits)
+    torch.testing.assert_close(better.answers.right, candidate.answers.right)
+    exit = candidate.answers.exits == 0
+    logits = sharp.logits(sample.states)[0][exit] / better.config.exits[0].temperature
+    torch.testing.assert_close(better.answers.probabilities[exit], logits.softmax(-1))
