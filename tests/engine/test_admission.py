@@ -9,7 +9,8 @@ import pytest
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 
-from tests.tiny import overrides
+from tests.engine.test_joint_exit import checkpoint
+from tests.tiny import make_classifier, overrides
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import (
     base_tensors,
@@ -31,13 +32,13 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
     """The configuration that `vllm serve` would build; starts nothing."""
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(
-        model=str(model),
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        hf_overrides=options.pop("hf_overrides", None) or overrides(family, efficiency),
+    settings = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 512,
+        "hf_overrides": overrides(family, efficiency),
         **options,
-    ).create_engine_config()
+    }
+    return EngineArgs(model=str(model), **settings).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,77 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
 def test_refused(tiny, efficiency, options, named):
     with pytest.raises(ValueError, match=f"(?s){named}"):
         build(tiny(), efficiency=efficiency, **options)
+
+
+HEADS = {"joint_exit": {"exits": [{"depth": 4}]}}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """Makes a classifier with exits; Llama's or BERT's."""
+
+    def make(family: str = "Llama", **changes) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        base = make_classifier(folder / "base", family, **changes)
+        return checkpoint(base, folder / "exits", {"exits": [{"depth": 4}]})
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        ("Llama", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ("Llama", {"enable_lora": True}, "--enable-lora.*exits of a classifier"),
+        ("Llama", {"quantization": "fp8"}, "quantization 'fp8'.*exits of a classifier"),
+        ("Llama", {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*exits of a classifier"),
+        ("Llama", {"worker_cls": "some.Worker"}, "--worker-cls some.Worker"),
+        ("Llama", {"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*exits of a classifier"),
+        ("Llama", {"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ("Llama", {"runner": "generate"}, "generate"),
+        (
+            "Llama",
+            {"pooler_config": {"seq_pooling_type": "CLS"}},
+            "pooling type CLS.*trained on LAST",
+        ),
+        (
+            "Bert",
+            {"pooler_config": {"seq_pooling_type": "MEAN"}, "max_model_len": 256},
+            "pooling type MEAN.*trained on CLS",
+        ),
+        (
+            "Llama",
+            {"pooler_config": {"task": "token_classify"}},
+            "pooling task 'token_classify'.*whole sequences",
+        ),
+    ],
+)
+def test_refused_with_a_classifiers_exits(classifier, family, options, named):
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        build(classifier(family), hf_overrides={"vocab_size": 256}, **options)
+
+
+def test_a_section_of_another_kind_of_model_is_refused(tiny, classifier):
+    named = "`joint_exit` is not supported on EfficientLlamaForCausalLM"
+    with pytest.raises(ValueError, match=named):
+        build(tiny(), efficiency=HEADS)
+    for section in (PAIRS, EXITS):
+        [name] = section
+        with pytest.raises(ValueError, match=f"`{name}` is not supported on EfficientLlamaForSeq"):
+            build(classifier(), hf_overrides={"efficiency": section})
+
+
+def test_a_classifier_of_one_label_is_refused(classifier):
+    exits = classifier()
+    with pytest.raises(ValueError, match=r"one label|id2label|num_labels|misshapes"):
+        build(exits, hf_overrides={"num_labels": 1})
+
+
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_a_classifier_with_exits_is_accepted(classifier, family):
+    vllm_config = build(classifier(family), hf_overrides={"vocab_size": 256}, max_model_len=256)
+    assert vllm_config.model_config.runner_type == "pooling"
+    assert vllm_config.model_config.io_processor_plugin == "effplugin"
 
 
 def test_verified_exits_on_runner_v2_are_refused(tiny, monkeypatch):

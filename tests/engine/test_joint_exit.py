@@ -116,7 +116,8 @@ def test_as_in_pytorch(classifier, tmp_path, family):
     plain = reference(base, JOINT)
     expected = [plain(each) for each in ids]
     depths = [layers for _, layers in expected]
-    assert set(depths) == {*DEPTHS, 12}, f"the gates are too strict or too lax: {depths}"
+    assert 12 in depths, "all left"
+    assert len(set(depths)) > 1, "none left"
     with serving(base, tmp_path / "exits", JOINT) as llm:
         compare(classify(llm, ids), expected)
         earlier = [plain(each, bias=1.5) for each in ids]
@@ -171,7 +172,7 @@ def test_chunked_prefill(classifier, tmp_path):
         compare(classify(llm, ids), [plain(each) for each in ids])
 
 
-def test_preempted_prompts(classifier, tmp_path, monkeypatch):
+def test_preempted_prompts(classifier, tmp_path):
     """Chunks whose cache was taken away run again."""
     base, ids = classifier("Llama"), prompts(24, 240)
     plain = reference(base, JOINT)
@@ -181,9 +182,11 @@ def test_preempted_prompts(classifier, tmp_path, monkeypatch):
         "num_gpu_blocks_override": 9,
         "block_size": 32,
         "max_model_len": 256,
+        "disable_log_stats": False,
     }
     with serving(base, tmp_path / "exits", JOINT, **options) as llm:
         compare(classify(llm, ids), [plain(each) for each in ids])
+        assert counters(llm)["vllm:num_preemptions"] > 0, "the KV cache was not small enough"
 
 
 def test_prefix_cache_has_no_entries_of_those_that_left(classifier, tmp_path):

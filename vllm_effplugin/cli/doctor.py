@@ -272,8 +272,38 @@ def _layer_parallel(here: Platform) -> tuple[Feature, ...]:
     )
 
 
+def _exits(here: Platform) -> Feature:
+    """Serving a model whose rows leave on the way."""
+    if here.name == "cpu":
+        return Feature("serve", True, "")
+    if here.name == "cuda":
+        return Feature("serve", False, "built and never run: EFFPLUGIN_UNTESTED=1 admits it")
+    return Feature("serve", False, f"not on {here.name}")
+
+
+def _early_exit(here: Platform) -> tuple[Feature, ...]:
+    peft = _version("peft") is not None
+    verified = here.name == "cpu" and here.runner == "V1"
+    return (
+        _exits(here),
+        Feature("verified exits", verified, "" if verified else "needs a CPU and runner V1"),
+        Feature("prepare: tune the backbone", True, "" if peft else "without LoRA: no peft"),
+    )
+
+
+def _classify(here: Platform) -> tuple[Feature, ...]:
+    peft, hub = _version("peft") is not None, _version("datasets") is not None
+    return (
+        _exits(here),
+        Feature("prepare: --lora", peft, "" if peft else "peft is not installed: extra `train`"),
+        Feature("prepare: data of the hub", hub, "" if hub else "`datasets` is not installed"),
+    )
+
+
 TECHNIQUES: dict[str, Callable[[Platform], tuple[Feature, ...]]] = {
     "layer-parallel": _layer_parallel,
+    "early-exit": _early_exit,
+    "classify": _classify,
 }
 
 

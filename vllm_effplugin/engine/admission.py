@@ -41,9 +41,11 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
 
         Raises:
             ConfigError, CheckpointError: naming the field or the tensor.
+            UnsupportedError: a technique's section on a model that it is not for.
         """
         efficiency = efficiency_of(model_config.hf_config)
         efficiency.validate_for(model_config.hf_config.num_hidden_layers)
+        refusals.on_wrong_model(model_config.hf_config)
         folder = Path(model_config.model)
         if efficiency.has_tensors and folder.is_dir():
             check_extra_tensors(folder, efficiency)

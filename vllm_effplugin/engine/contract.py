@@ -383,6 +383,68 @@ CONTRACT: tuple[Interface, ...] = (
         ("sampling_params",),
     ),
     Interface("vllm.sequence", "IntermediateTensors", "the trunk's signature"),
+    Interface(
+        f"{_MODELS}.adapters", "as_seq_cls_model", "classifiers out of language models", ("cls",)
+    ),
+    Interface(
+        f"{_MODELS}.bert",
+        "BertPoolingModel.__init__",
+        "BERT's trunk",
+        ("vllm_config", "prefix", "embedding_class"),
+    ),
+    Interface(f"{_MODELS}.bert", "BertForSequenceClassification.load_weights", "BERT's classifier"),
+    Interface(
+        f"{_MODELS}.bert", "BertLayer.forward", "calling a layer of BERT", ("hidden_states",)
+    ),
+    Interface(
+        f"{_MODELS}.bert",
+        "BertEmbedding.forward",
+        "what BERT's first layer reads",
+        ("input_ids", "position_ids", "inputs_embeds"),
+    ),
+    Interface(
+        f"{_MODELS}.interfaces_base",
+        "default_pooling_type",
+        "which token a classifier reads",
+        ("seq_pooling_type",),
+    ),
+    Interface(
+        f"{_LAYERS}.pooler.seqwise",
+        "ClassifierPoolerHead.__init__",
+        "answers of the exits",
+        ("classifier", "logit_mean", "logit_sigma", "head_dtype", "activation"),
+    ),
+    Interface(
+        f"{_LAYERS}.pooler.seqwise",
+        "ClassifierPoolerHead.forward",
+        "answers of the exits",
+        ("pooled_data", "pooling_metadata"),
+    ),
+    Interface(
+        f"{_LAYERS}.pooler",
+        "DispatchPooler.for_seq_cls",
+        "the pooler of a classifier",
+        ("pooler_config", "pooling", "classifier"),
+    ),
+    Interface(
+        f"{_LAYERS}.pooler",
+        "DispatchPooler.__init__",
+        "the pooler of a classifier",
+        ("poolers_by_task",),
+    ),
+    Interface("vllm.v1.pool.metadata", "PoolingMetadata", "reports", ("pooling_params",)),
+    Interface("vllm", "PoolingParams", "what a request asks for", ("extra_kwargs", "task")),
+    Interface("vllm", "PoolingRequestOutput", "answers with options", ("outputs",)),
+    Interface("vllm.config", "ModelConfig", "classifiers", ("io_processor_plugin",)),
+    *(
+        Interface("vllm.plugins.io_processors.interface", f"IOProcessor.{method}", used, names)
+        for method, used, names in (
+            ("parse_data", "HTTP 400 for bad options", ("data",)),
+            ("pre_process", "requests with options", ("prompt", "request_id")),
+            ("merge_pooling_params", "requests with options", ("params",)),
+            ("post_process", "answers with options", ("model_output", "request_id")),
+        )
+    ),
 )
 
 

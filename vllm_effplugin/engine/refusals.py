@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
@@ -23,7 +23,7 @@ from vllm_effplugin.plan import Plan
 from vllm_effplugin.techniques.layer_parallel.placement import check_placement
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
 # Attributes of a Hugging Face configuration that change what a layer computes, and that the
 # grouped layers do not implement.
@@ -58,7 +58,6 @@ def anywhere(vllm_config: VllmConfig, plan: Plan) -> None:
             "--speculative-config asks for verified early exits, but the model has no exits: "
             "leave it off, or serve a checkpoint of `effplugin prepare early-exit`"
         )
-    _on_wrong_model(vllm_config.model_config)
 
 
 def with_groups(vllm_config: VllmConfig, plan: Plan) -> None:
@@ -169,19 +168,20 @@ def with_sequence_exits(vllm_config: VllmConfig) -> None:
     _with_a_loop(vllm_config, "exits of a classifier", way_out)
 
 
-def _on_wrong_model(model: ModelConfig) -> None:
+def on_wrong_model(hf_config: Any) -> None:
     """A technique's section in the configuration of a model that it is not for."""
-    efficiency = efficiency_of(model.hf_config)
-    classifies = model.architecture in CLASSIFIERS.values()
+    efficiency = efficiency_of(hf_config)
+    [architecture, *_] = hf_config.architectures
+    classifies = architecture in CLASSIFIERS.values()
     for section in ("layer_parallel", "early_exit", "split_after"):
         if classifies and getattr(efficiency, section):
             raise UnsupportedError(
-                f"`{section}` is not supported on {model.architecture}: remove it from the "
+                f"`{section}` is not supported on {architecture}: remove it from the "
                 "efficiency block"
             )
     if efficiency.joint_exit is not None and not classifies:
         raise UnsupportedError(
-            f"`joint_exit` is not supported on {model.architecture}, which is no classifier: serve "
+            f"`joint_exit` is not supported on {architecture}, which is no classifier: serve "
             "a checkpoint of `effplugin prepare classify`, or remove it from the efficiency block"
         )
 

@@ -34,7 +34,7 @@ from vllm_effplugin.techniques.joint_exit.uncertainty import (
 
 Method = Literal["joint", "threshold", "fixed"]
 
-BIASES = (0.0, *(-0.25 * step for step in range(1, 17)), 0.25, 0.5, 1.0)
+BIASES = (0.0, *(-0.25 * step for step in range(1, 25)), 0.25, 0.5, 1.0)
 """Tried with every `lambda`; 0 is the paper's rule."""
 
 THRESHOLDS = (0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95, 0.97, 0.985)

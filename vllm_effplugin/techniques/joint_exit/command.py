@@ -61,7 +61,7 @@ def classify(
     lora: Annotated[
         bool, typer.Option("--lora", help="Teach the backbone the task; it is frozen without.")
     ] = False,
-    lora_epochs: Annotated[float, typer.Option(help="Passes over the data for that.")] = 1.0,
+    lora_epochs: Annotated[float, typer.Option(help="Passes over the data for that.")] = 2.0,
     lora_rate: Annotated[float, typer.Option(help="Its learning rate.")] = 5e-4,
     trade_off: Annotated[
         float | None,

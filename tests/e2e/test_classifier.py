@@ -1,0 +1,226 @@
+"""Classifiers with exits from data to `/classify`: what a user does and sees."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from rich.console import Console
+
+from tests.e2e.server import serving
+from tests.engine.test_joint_exit import JOINT, checkpoint
+from tests.tiny import BERT, VOCAB, add_tokenizer, engine, make_checkpoint, make_classifier
+from vllm_effplugin.config.checkpoint import check_checkpoint, read_model_config
+from vllm_effplugin.techniques.joint_exit.prepare import ClassifyRequest, Outcome, prepare
+from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
+
+
+def test_classify_and_pooling_over_http(tmp_path):
+    """`/classify` as of the stock model; options and what they did through `/pooling`."""
+    base = make_classifier(tmp_path / "base")
+    add_tokenizer(base)
+    texts = ["a good one", "bad", "neither, nor", "what?", "x" * 90]
+    with serving(checkpoint(base, tmp_path / "exits", JOINT), tmp_path) as (client, _):
+
+        def classify() -> list[list[float]]:
+            answer = client.post("/classify", json={"model": "demo", "input": texts})
+            assert answer.status_code == 200, answer.text
+            return [row["probs"] for row in answer.json()["data"]]
+
+        def ask(**data: Any) -> httpx.Response:
+            return client.post("/pooling", json={"model": "demo", "data": data})
+
+        def rows(**data: Any) -> list[dict[str, Any]]:
+            answer = ask(input=texts, **data)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["data"]
+
+        plain = classify()
+        asked = rows()
+        assert [row["probs"] for row in asked] == [pytest.approx(p, abs=1e-5) for p in plain]
+        assert [row["label"] for row in asked] == [
+            f"LABEL_{max(range(3), key=p.__getitem__)}" for p in plain
+        ]
+        assert min(row["layers"] for row in asked) < 12
+        assert {row["layers"] for row in rows(exit=False)} == {12}
+        assert {row["layers"] for row in rows(exit_bias=50)} == {3}
+        assert {row["layers"] for row in rows(exit_bias=-50)} == {12}
+        for wrong in (
+            {"input": texts, "exit_bias": "much"},
+            {"input": texts, "exit": 3},
+            {"input": texts, "exit_tresh": 1},
+            {"input": []},
+            {},
+        ):
+            refused = ask(**wrong)
+            assert refused.status_code == 400, refused.text
+            assert "data" in refused.text
+        assert classify() == [pytest.approx(p, abs=1e-5) for p in plain]
+        shown = dict(
+            line.rsplit(" ", 1)
+            for line in client.get("/metrics").text.splitlines()
+            if not line.startswith("#")
+        )
+    labels = 'engine="0",model_name="demo"'
+    answered = {
+        depth: float(shown[f'effplugin_classify_sequences_total{{depth="{depth}",{labels}}}'])
+        for depth in (3, 6, 9, 12)
+    }
+    assert sum(answered.values()) == 6 * len(texts)
+    mean = sum(depth * count for depth, count in answered.items()) / sum(answered.values())
+    assert float(shown[f"effplugin_classify_mean_depth{{{labels}}}"]) == pytest.approx(mean)
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts whose last letter tells the class, in one of nine of ten cases."""
+    chance = random.Random(seed)
+    found = []
+    for _ in range(count):
+        label = chance.randrange(2)
+        last = "ab"[label if chance.random() < 0.9 else 1 - label]
+        letters = [chr(chance.randrange(32, 126)) for _ in range(chance.randrange(1, 30))]
+        found.append({"text": "".join(letters) + last, "label": label})
+    return found
+
+
+def data(path: Path, count: int, seed: int = 0) -> str:
+    lines = [json.dumps(row) + "\n" for row in rows(count, seed)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def request(folder: Path, **changes: Any) -> ClassifyRequest:
+    folder.mkdir(exist_ok=True)
+    train = data(folder / "train.jsonl", 1200)
+    return ClassifyRequest.model_validate(
+        {
+            "data": {"train": train, "labels": ("a", "b")},
+            "exits": (2, 5),
+            "train": {"warm_up_epochs": 4, "epochs": 8, "phase": 10},
+            "trade_offs": (0.1, 1.0),
+            "most_loss": 0.02,
+            "measured_rows": 32,
+            **changes,
+        }
+    )
+
+
+def run(base: Path, out: Path, request: ClassifyRequest, **options: Any) -> Outcome:
+    return prepare(base, out, request, console=Console(quiet=True), **options)
+
+
+def served(model: Path, texts: list[str], **wishes: Any) -> list[list[float]]:
+    """Class probabilities in vLLM, in fp32."""
+    with engine(model, skip_tokenizer_init=False) as llm:
+        params = exit_pooling_params(**wishes) if wishes else None
+        outputs = llm.classify(texts, pooling_params=params, use_tqdm=False)
+    return [output.outputs.probs for output in outputs]
+
+
+def accuracy(probabilities: list[list[float]], labelled: list[dict[str, Any]]) -> float:
+    right = [
+        (p[1] > p[0]) == bool(r["label"]) for p, r in zip(probabilities, labelled, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def test_from_a_language_model_to_a_classifier_with_exits(tmp_path):
+    """One set of states, every method; each is what it says when vLLM serves it."""
+    base = make_checkpoint(tmp_path / "base")
+    add_tokenizer(base)
+    asked = request(tmp_path / "data")
+    work = tmp_path / "work"
+    options = {"work_dir": work, "keep": True}
+    outcome = run(base, tmp_path / "joint", asked, **options)
+    assert set(outcome.chosen) == {"joint", "threshold", "fixed"}
+    assert {report.method for report in outcome.reports} == {*outcome.chosen, "final"}
+    assert all(report.same == 1 and report.requests_s for report in outcome.reports)
+    before = {file: file.stat().st_mtime_ns for file in work.rglob("*.safetensors")}
+    run(base, tmp_path / "fixed", asked, write="fixed", **options)
+    run(base, tmp_path / "final", asked, write="final", work_dir=work)
+    assert not work.exists()
+    assert before, "the states were not kept"
+
+    joint = check_checkpoint(tmp_path / "joint").joint_exit
+    assert joint is not None
+    assert joint.depths == (2, 5)
+    assert [level.coverage for level in joint.conformal] == [0.9, 0.95]
+    fixed = check_checkpoint(tmp_path / "fixed").joint_exit
+    assert fixed is not None
+    assert len(fixed.exits) == 1
+    assert read_model_config(tmp_path / "final")["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
+    provenance = json.loads((tmp_path / "joint" / "provenance.json").read_text())
+    assert len(provenance["detached_or_not"]) == 4
+    assert provenance["classes"] == ["a", "b"]
+    assert (tmp_path / "joint" / "efficiency" / "frontier.png").stat().st_size > 1000
+
+    fresh = rows(300, seed=9)
+    texts = [row["text"] for row in fresh]
+    stock = served(tmp_path / "final", texts)
+    assert accuracy(stock, fresh) > 0.6  # the backbone is random
+    # The same without exits, in Transformers as well: a stock classifier.
+    assert served(tmp_path / "joint", texts, exit=False) == stock
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    with torch.inference_mode():
+        theirs = [
+            loaded(torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1).tolist()
+            for text in texts[:20]
+        ]
+    for ours, other in zip(stock, theirs, strict=False):
+        assert ours == pytest.approx(other, abs=1e-4)
+    for method in ("joint", "fixed"):
+        early = served(tmp_path / method, texts)
+        assert early != stock
+        expected = outcome.chosen[method].answers.accuracy
+        assert accuracy(early, fresh) == pytest.approx(expected, abs=0.08)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_a_classifier_keeps_its_head(tmp_path, family):
+    """Exits beside a head that somebody has trained; labels are the model's."""
+    base = make_classifier(tmp_path / "base", family, num_labels=2, id2label={0: "a", 1: "b"})
+    add_tokenizer(base)
+    found = run(base, tmp_path / "out", request(tmp_path / "data", most_loss=0.9))
+    assert found.chosen["joint"]
+    texts = [row["text"] for row in rows(40, seed=3)]
+    assert served(tmp_path / "out", texts, exit=False) == served(base, texts)
+    assert served(tmp_path / "out", texts) != served(base, texts)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_lora_teaches_the_backbone(tmp_path, family):
+    """Early layers learn what random ones do not show; the stock classifier has them, too."""
+    if family == "Bert":
+        import transformers
+
+        base = tmp_path / "base"
+        torch.manual_seed(0)
+        config = transformers.BertConfig(**BERT)
+        transformers.BertModel(config).save_pretrained(base)
+    else:
+        base = make_checkpoint(tmp_path / "base")
+    add_tokenizer(base)
+    tune = {"epochs": 4, "learning_rate": 3e-3, "batch": 16}
+    asked = request(tmp_path / "data", tune=tune)
+    outcome = run(base, tmp_path / "out", asked, work_dir=tmp_path / "work", keep=True)
+    run(base, tmp_path / "final", asked, write="final", work_dir=tmp_path / "work")
+    [full] = [report for report in outcome.reports if report.method == "final"]
+    assert full.accuracy > 0.8
+    assert outcome.chosen["joint"].layers < 0.8
+    fresh = rows(300, seed=9)
+    texts = [row["text"] for row in fresh]
+    stock = served(tmp_path / "final", texts)
+    assert served(tmp_path / "out", texts, exit=False) == stock
+    assert accuracy(stock, fresh) > 0.8
+    assert accuracy(served(tmp_path / "out", texts), fresh) > 0.8
+    assert read_model_config(tmp_path / "out")["vocab_size"] == VOCAB
