@@ -34,10 +34,8 @@ import numpy as np
 from harness import CACHE, Case, Engine, EngineSpec, Metric, argument_parser, main, select
 from layer_parallel import build_smollm2
 
-from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import read_efficiency
-from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
-from vllm_effplugin.techniques.joint_exit.uncertainty import calibration_error, prediction_set
+from vllm_effplugin.techniques.joint_exit.evaluate import figures
 
 METHODS = {"final": "final", "threshold": "threshold", "fixed": "fixed", "jei": "joint"}
 """Name of a case -> `--write` of `effplugin prepare classify`."""
@@ -105,52 +103,8 @@ class Answers:
 
     def __call__(self, engine: Engine) -> float:
         if self.rows.file not in engine.kept:
-            engine.kept[self.rows.file] = self._figures(engine)
+            engine.kept[self.rows.file] = figures(engine.llm, *self.rows.read())
         return engine.kept[self.rows.file][self.figure]
-
-    def _figures(self, engine: Engine) -> dict[str, float]:
-        texts, labels = self.rows.read()
-        config = engine.llm.llm_engine.model_config.hf_config
-        exits = parse_efficiency(getattr(config, "efficiency", None)).joint_exit
-        if exits is None:
-            outputs = engine.llm.classify(texts, use_tqdm=False)
-            p = np.array([output.outputs.probs for output in outputs])
-            full, depths = p, np.full(len(p), config.num_hidden_layers)
-        else:
-            answers = classify(engine, texts, exit=True)
-            p, depths = answers[:, :-1], answers[:, -1].round().astype(int)
-            full = classify(engine, texts, exit=False)[:, :-1]
-        right, without = p.argmax(1) == labels, full.argmax(1) == labels
-        paired = right.astype(float) - without
-        found = {
-            "accuracy": float(right.mean()),
-            "ece": calibration_error(p, labels),
-            "final_ece": calibration_error(full, labels),
-            "mean_depth": float(depths.mean()),
-            "difference": float(paired.mean()),
-            "difference_se": float(paired.std(ddof=1) / np.sqrt(len(paired))),
-        }
-        if exits is not None:
-            places = [*exits.depths, config.num_hidden_layers]
-            for level in exits.conformal:
-                sets = [
-                    prediction_set(row.tolist(), level.thresholds[places.index(depth)])
-                    for row, depth in zip(p, depths, strict=True)
-                ]
-                covered = [label in each for label, each in zip(labels, sets, strict=True)]
-                percent = round(100 * level.coverage)
-                found[f"coverage_{percent}"] = float(np.mean(covered))
-                found[f"set_size_{percent}"] = float(np.mean([len(each) for each in sets]))
-        return found
-
-
-def classify(engine: Engine, texts: list[str], *, exit: bool) -> np.ndarray:
-    """`[N, C + 1]`: probabilities, and how many layers ran."""
-    params = exit_pooling_params(exit=exit, exit_report=True)
-    outputs = engine.llm.encode(
-        texts, pooling_task="classify", pooling_params=params, use_tqdm=False
-    )
-    return np.array([output.outputs.data.tolist() for output in outputs])
 
 
 def metrics(task: Task, data: Path, *, exits: bool) -> tuple[Metric, ...]:

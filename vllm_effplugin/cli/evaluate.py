@@ -78,15 +78,33 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(help="With exits: write the frontier to this PNG file.")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Of a classifier with exits: labelled texts, as in `prepare`."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Of --data.")] = "text",
+    pair_column: Annotated[str, typer.Option(help="Of --data.")] = "text_pair",
+    label_column: Annotated[str, typer.Option(help="Of --data.")] = "label",
 ) -> None:
     """Measure a checkpoint against its base model through vLLM.
 
     Perplexity and next-token agreement on a text, which is cut into contiguous windows; every
     position but the first of each counts. A checkpoint with exits continues prompts instead, from
     the text or from questions, under a sweep of thresholds: computation saved, agreement with the
-    full model, and accuracy of the answers.
+    full model, and accuracy of the answers. A classifier with exits classifies labelled texts.
     """
     efficiency = check_checkpoint(checkpoint)
+    if efficiency.joint_exit is not None:
+        if data is None:
+            raise ConfigError(f"{checkpoint} is a classifier with exits: give --data FILE")
+        from vllm_effplugin.techniques.joint_exit.data import Columns
+        from vllm_effplugin.techniques.joint_exit.evaluate import evaluate_classifier
+
+        columns = Columns(text=text_column, text_pair=pair_column, label=label_column)
+        found = evaluate_classifier(checkpoint, data, columns)
+        if json_file is not None:
+            json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        return
     if efficiency.early_exit is not None and efficiency.early_exit.exits:
         from vllm_effplugin.techniques.early_exit.evaluate import Shape, measure_exits
 

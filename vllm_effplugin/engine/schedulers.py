@@ -25,6 +25,7 @@ class _SaltedRequests:
     def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
         self._efficiency = efficiency_of(vllm_config.model_config.hf_config)
+        self._shares_blocks = vllm_config.cache_config.enable_prefix_caching
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
@@ -43,6 +44,8 @@ class _SaltedRequests:
         if self._efficiency.early_exit is not None:
             params = request.sampling_params
             return cache_policy(self._efficiency.early_exit, params.extra_args if params else None)
+        if not self._shares_blocks:
+            return None
         params = request.pooling_params
         may_leave = parse_sequence_request(params.extra_kwargs if params else None).exit
         return f"joint_exit:{request.request_id}" if may_leave else None

@@ -34,7 +34,6 @@ from vllm_effplugin.models.looped import EXTRA_PREFIX, LoopedModel
 from vllm_effplugin.models.trunk import compile_trunk
 from vllm_effplugin.techniques.joint_exit.heads import ExitHeads
 from vllm_effplugin.techniques.joint_exit.loop import SequenceExitLoop, Stack
-from vllm_effplugin.techniques.joint_exit.request import parse_sequence_request
 
 
 class ExitPoolerHead(ClassifierPoolerHead):
@@ -65,7 +64,7 @@ class ExitPoolerHead(ClassifierPoolerHead):
         """Probabilities of each row; with the number of its layers behind, where it asked."""
         answers = super().forward(pooled_data, pooling_metadata)
         wants = [
-            parse_sequence_request(params.extra_kwargs).exit_report
+            bool(params.extra_kwargs and params.extra_kwargs.get("exit_report"))
             for params in pooling_metadata.pooling_params
         ]
         if not any(wants):

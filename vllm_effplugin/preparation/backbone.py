@@ -97,7 +97,9 @@ def load_backbone(model: Path, architecture: str, dtype: torch.dtype) -> Backbon
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it reports the head, which is not wanted here
     try:
-        loaded = AutoModel.from_pretrained(model, dtype=dtype)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # a pooler that a checkpoint lacks is the same every time
+            loaded = AutoModel.from_pretrained(model, dtype=dtype)
     finally:
         logging.set_verbosity(verbosity)
     return kind(loaded.eval().requires_grad_(False))

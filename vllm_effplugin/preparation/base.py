@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vllm_effplugin.config import CLASSIFIERS
 from vllm_effplugin.config.checkpoint import base_tensors, read_model_config, stock_architecture
 from vllm_effplugin.errors import CheckpointError, ConfigError, UnsupportedError
 from vllm_effplugin.preparation import text as calibration
@@ -31,7 +32,11 @@ def check_base(model: Path, sequence_length: int) -> int:
         UnsupportedError: quantised weights, or a window that the reference does not model.
     """
     config = read_model_config(model)
-    stock_architecture(config)
+    if stock_architecture(config) in CLASSIFIERS:
+        raise ConfigError(
+            f"{model} is a classifier, which `effplugin prepare classify` is for; this needs a "
+            "language model"
+        )
     base_tensors(model)
     if config.get("efficiency") is not None:
         raise ConfigError(f"{model} is an efficient checkpoint already; prepare its base model")

@@ -64,7 +64,7 @@ class WorkDirectory:
         Raises:
             CheckpointError: when the folder cannot be written.
         """
-        self._make()
+        self.make()
         path = self.folder / f"{stage}.safetensors"
         temporary = path.with_name(path.name + ".tmp")
         save_file(dict(tensors), temporary)
@@ -81,14 +81,19 @@ class WorkDirectory:
         Raises:
             CheckpointError: when the folder cannot be written.
         """
-        self._make()
+        self.make()
         _write_text(self.folder / f"{stage}.json", result.model_dump_json(indent=2))
 
     def remove(self) -> None:
         """Delete everything: the checkpoint is written."""
         shutil.rmtree(self.folder)
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Create the folder, for a stage that keeps files of its own in it.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
         if self._mark.is_file():
             return
         try:

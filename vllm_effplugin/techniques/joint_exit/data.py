@@ -87,14 +87,14 @@ def read_data(settings: DataSettings, classes: Sequence[str] | None = None) -> D
         known = _classes(train, settings.columns.label)
     if len(known) < 2:
         raise ConfigError(f"--labels: at least two classes are needed, got {len(known)}")
-    examples = _examples(train, settings, known, "--train")
+    labelled = examples(train, settings, known, "--train")
     if dev is not None:
-        return Data(examples, _examples(dev, settings, known, "--dev"), known)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(settings.seed))
-    held_out = int(len(examples) * settings.dev_share)
+        return Data(labelled, examples(dev, settings, known, "--dev"), known)
+    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(settings.seed))
+    held_out = int(len(labelled) * settings.dev_share)
     if held_out == 0:
-        raise ConfigError(f"--train has {len(examples)} rows, too few to hold some out: give --dev")
-    return Data(examples.at(order[held_out:]), examples.at(order[:held_out]), known)
+        raise ConfigError(f"--train has {len(labelled)} rows, too few to hold some out: give --dev")
+    return Data(labelled.at(order[held_out:]), labelled.at(order[:held_out]), known)
 
 
 def read_rows(source: str, option: str, columns: Columns) -> list[dict[str, Any]]:
@@ -164,9 +164,18 @@ def _classes(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _examples(
+def examples(
     rows: Iterable[Mapping[str, Any]], settings: DataSettings, classes: Sequence[str], option: str
 ) -> Examples:
+    """Rows as texts and class indices.
+
+    Args:
+        classes: names of the classes, in order.
+        option: that named the rows, for messages.
+
+    Raises:
+        ConfigError: a row that lacks a field, or has another label.
+    """
     texts: list[str] = []
     labels: list[int] = []
     place = {name: index for index, name in enumerate(classes)}

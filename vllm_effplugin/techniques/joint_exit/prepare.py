@@ -312,6 +312,7 @@ def _states(
             len(data.classes),
             request.tune,
         )
+        work.make()
         tuner.train(work.folder)
         backbone = tuner.finish()
         dtype = stored_dtype(read_model_config(model))

@@ -1,0 +1,116 @@
+"""`effplugin eval` of a classifier with exits: against labels, and against the full model.
+
+Shapes: `N` sequences, `C` classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_effplugin.config.checkpoint import read_model_config
+from vllm_effplugin.config.efficiency import parse_efficiency
+from vllm_effplugin.offline import run_with_engine
+from vllm_effplugin.techniques.joint_exit.data import Columns, DataSettings, examples, read_rows
+from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
+from vllm_effplugin.techniques.joint_exit.uncertainty import calibration_error, prediction_set
+
+
+def evaluate_classifier(checkpoint: Path, source: str, columns: Columns) -> dict[str, float]:
+    """Classify labelled texts with a checkpoint, print the figures and return them.
+
+    Args:
+        source: a .jsonl or .csv file, or `NAME[/CONFIG]@SPLIT` of the hub.
+        columns: names of its fields.
+
+    Raises:
+        ConfigError: data that cannot be read, or has other classes than the model.
+        UnsupportedError: when vLLM is missing or cannot run the model.
+    """
+    names = read_model_config(checkpoint)["id2label"]
+    classes = [names[str(place)] for place in range(len(names))]
+    settings = DataSettings(train=source, columns=columns)
+    labelled = examples(read_rows(source, "--data", columns), settings, classes, "--data")
+    found = run_with_engine(_evaluate, str(checkpoint), labelled.texts, labelled.labels.tolist())
+    table = Table(box=SIMPLE_HEAD, title=f"{len(labelled)} texts")
+    for name in ("figure", "value"):
+        table.add_column(name)
+    for name, value in found.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    return found
+
+
+def _evaluate(model: str, texts: list[str], labels: list[int]) -> dict[str, float]:
+    from vllm import LLM
+
+    llm = LLM(model, enable_prefix_caching=False, disable_log_stats=True)
+    _speed(llm, texts[:32], exit=True)  # compiles
+    _speed(llm, texts[:32], exit=False)
+    found = figures(llm, texts, np.array(labels))
+    speeds = [(_speed(llm, texts, exit=True), _speed(llm, texts, exit=False)) for _ in range(3)]
+    found["requests_s"] = float(np.median([early for early, _ in speeds]))
+    found["speed_ratio"] = float(np.median([early / full for early, full in speeds]))
+    return found
+
+
+def _speed(llm: Any, texts: Sequence[str], *, exit: bool) -> float:
+    start = time.perf_counter()
+    llm.classify(texts, pooling_params=exit_pooling_params(exit=exit), use_tqdm=False)
+    return len(texts) / (time.perf_counter() - start)
+
+
+def classify(llm: Any, texts: Sequence[str], *, exit: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+    """`[N, C]` probabilities, and `[N]` how many layers gave them."""
+    params = exit_pooling_params(exit=exit, exit_report=True)
+    outputs = llm.encode(
+        list(texts), pooling_task="classify", pooling_params=params, use_tqdm=False
+    )
+    rows = np.array([output.outputs.data.tolist() for output in outputs])
+    return rows[:, :-1], rows[:, -1].round().astype(int)
+
+
+def figures(llm: Any, texts: Sequence[str], labels: NDArray[Any]) -> dict[str, float]:
+    """Accuracy, calibration, depth and coverage of a running engine, with exits or without.
+
+    `difference` is accuracy less the full model's, paired, with its standard error;
+    `coverage_90` how often the prediction set for 0.9 holds the true class, `set_size_90` how many
+    classes that has.
+    """
+    config = llm.llm_engine.model_config.hf_config
+    exits = parse_efficiency(getattr(config, "efficiency", None)).joint_exit
+    if exits is None:
+        outputs = llm.classify(list(texts), use_tqdm=False)
+        p = full = np.array([output.outputs.probs for output in outputs])
+        depths = np.full(len(p), config.num_hidden_layers)
+    else:
+        p, depths = classify(llm, texts, exit=True)
+        full, _ = classify(llm, texts, exit=False)
+    paired = (p.argmax(1) == labels).astype(float) - (full.argmax(1) == labels)
+    found = {
+        "accuracy": float((p.argmax(1) == labels).mean()),
+        "ece": calibration_error(p, labels),
+        "final_ece": calibration_error(full, labels),
+        "mean_depth": float(depths.mean()),
+        "difference": float(paired.mean()),
+        "difference_se": float(paired.std(ddof=1) / np.sqrt(len(paired))),
+    }
+    places = [*exits.depths, config.num_hidden_layers] if exits is not None else []
+    for level in exits.conformal if exits is not None else ():
+        sets = [
+            prediction_set(row.tolist(), level.thresholds[places.index(depth)])
+            for row, depth in zip(p, depths, strict=True)
+        ]
+        covered = [label in each for label, each in zip(labels, sets, strict=True)]
+        percent = f"{100 * level.coverage:g}"
+        found[f"coverage_{percent}"] = float(np.mean(covered))
+        found[f"set_size_{percent}"] = float(np.mean([len(each) for each in sets]))
+    return found
