@@ -90,12 +90,15 @@ HEADS = {"joint_exit": {"exits": [{"depth": 4}]}}
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """Makes a classifier with exits; Llama's or BERT's."""
+    """Makes, once, a classifier with exits; Llama's or BERT's."""
+    made: dict[str, Path] = {}
 
-    def make(family: str = "Llama", **changes) -> Path:
-        folder = tmp_path_factory.mktemp(family)
-        base = make_classifier(folder / "base", family, **changes)
-        return checkpoint(base, folder / "exits", {"exits": [{"depth": 4}]})
+    def make(family: str = "Llama") -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            base = make_classifier(folder / "base", family)
+            made[family] = checkpoint(base, folder / "exits", {"exits": [{"depth": 4}]})
+        return made[family]
 
     return make
 
@@ -143,10 +146,11 @@ def test_a_section_of_another_kind_of_model_is_refused(tiny, classifier):
             build(classifier(), hf_overrides={"efficiency": section})
 
 
-def test_a_classifier_of_one_label_is_refused(classifier):
-    exits = classifier()
-    with pytest.raises(ValueError, match=r"one label|id2label|num_labels|misshapes"):
-        build(exits, hf_overrides={"num_labels": 1})
+def test_a_classifier_of_one_label_is_refused(tmp_path):
+    base = make_classifier(tmp_path / "base", num_labels=1)
+    exits = checkpoint(base, tmp_path / "exits", {"exits": [{"depth": 4}]}, classes=1)
+    with pytest.raises(ValueError, match="one label is not supported with exits"):
+        build(exits, hf_overrides={"vocab_size": 256})
 
 
 @pytest.mark.parametrize("family", ["Llama", "Bert"])

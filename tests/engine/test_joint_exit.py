@@ -51,25 +51,25 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def tensors(config: JointExitConfig) -> dict[str, torch.Tensor]:
+def tensors(config: JointExitConfig, classes: int = CLASSES) -> dict[str, torch.Tensor]:
     """Random heads, and gates that let some sequences go at each exit."""
     torch.manual_seed(1)
     found = {
         name: torch.randn(shape) * (0.06 if name.endswith(".weight") else 0.1)
-        for name, shape in config.tensors(128, CLASSES).items()
+        for name, shape in config.tensors(128, classes).items()
     }
     if config.rule == "joint":
-        found[f"{HEADS}.gate_weight"] = torch.tensor([[4.0, -1.0, 3.0, 0.5]]).repeat(3, 1)
-        found[f"{HEADS}.gate_bias"] = torch.tensor([-3.6, -3.5, -2.6])
+        count = len(config.exits)
+        found[f"{HEADS}.gate_weight"] = torch.tensor([[4.0, -1.0, 3.0, 0.5]]).repeat(count, 1)
+        found[f"{HEADS}.gate_bias"] = torch.tensor([-3.6, -3.5, -2.6])[:count]
     return found
 
 
-def checkpoint(base: Path, out: Path, block: dict[str, Any]) -> Path:
+def checkpoint(base: Path, out: Path, block: dict[str, Any], classes: int = CLASSES) -> Path:
     """The classifier with exits."""
     config = JointExitConfig.model_validate(block)
-    write_checkpoint(
-        base, out, EfficiencyConfig(joint_exit=config), tensors=tensors(config), provenance={}
-    )
+    efficiency = EfficiencyConfig(joint_exit=config)
+    write_checkpoint(base, out, efficiency, tensors=tensors(config, classes), provenance={})
     return out
 
 
