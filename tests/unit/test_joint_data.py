@@ -76,6 +76,11 @@ def test_the_models_own_classes_count(tmp_path: Path) -> None:
     train = jsonl(tmp_path / "a.jsonl", [{"text": "t", "label": "pos"}])
     data = read_data(DataSettings(train=train, dev=train), classes=("neg", "neutral", "pos"))
     assert data.train.labels.tolist() == [2]
+    mixed = DataSettings(train=train, dev=train, labels=("pos", "neg", "neutral"))
+    assert read_data(mixed, classes=("neg", "neutral", "pos")).train.labels.tolist() == [2]
+    other = DataSettings(train=train, dev=train, labels=("pos", "neg"))
+    with pytest.raises(ConfigError, match=r"--labels pos,neg: the model's classes are neg,neutral"):
+        read_data(other, classes=("neg", "neutral", "pos"))
 
 
 def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,10 +88,11 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         features: ClassVar = {"stars": SimpleNamespace(names=["no", "yes"])}
 
     asked = []
+    unlabelled: list[dict[str, Any]] = []
 
     def load_dataset(path: str, config: str | None, *, split: str) -> Found:
         asked.append((path, config, split))
-        return Found([{"text": "a", "stars": 1}, {"text": "b", "stars": 0}])
+        return Found([{"text": "a", "stars": 1}, {"text": "b", "stars": 0}, *unlabelled])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     settings = {"train": "some/reviews@train", "dev": "some/reviews/small@test"}
@@ -94,6 +100,13 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("some/reviews", None, "train"), ("some/reviews", "small", "test")]
     assert data.classes == ("no", "yes")
     assert data.train.labels.tolist() == [1, 0]
+    unlabelled.append({"text": "c", "stars": -1})
+    with pytest.raises(ConfigError, match="row 3: label -1 is none of no, yes"):
+        read_data(
+            DataSettings.model_validate(
+                {**settings, "columns": {"label": "stars"}, "labels": ("no", "yes")}
+            )
+        )
 
 
 def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +121,7 @@ def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         ([{"label": 1}], "--train, row 1: no text in column 'text'"),
         ([{"text": "a", "label": 0}, {"text": "a", "label": 7}], "row 2: label 7 is none of a, b"),
         ([{"text": "a"}], "label None is none of"),
+        ([{"text": "a\u2028b", "label": 1}], "too few to hold some out: give --dev"),
         ([], "--train has no rows"),
         (["nonsense"], "line 1: not a JSON object"),
         ([{"text": "a", "label": 1}], "too few to hold some out: give --dev"),
@@ -123,7 +137,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path, rows: list[Any], named: str) -
     ("source", "named"),
     [
         ("missing.jsonl", "--train missing.jsonl cannot be read"),
-        ("reviews", "neither a .jsonl or .csv file nor a data set's NAME"),
+        ("reviews", "neither a .jsonl or .csv file nor a data set's OWNER/NAME"),
     ],
 )
 def test_sources_that_cannot_be_read(source: str, named: str) -> None:

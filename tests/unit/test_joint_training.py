@@ -10,12 +10,13 @@ from vllm_effplugin.techniques.joint_exit.candidates import (
     Answers,
     Candidate,
     Held,
-    choose,
     difference,
     fixed_candidates,
     frontier,
     full_answers,
     joint_candidates,
+    loses_little,
+    promising,
     threshold_candidates,
 )
 from vllm_effplugin.techniques.joint_exit.config import HEADS
@@ -64,7 +65,10 @@ def test_heads_learn_what_their_states_show(trainer: JointTrainer) -> None:
     assert early == pytest.approx(0.75, abs=0.03)
     assert late == pytest.approx(0.75, abs=0.03)
     assert final > 0.99
-    assert exits_taken(trainer.warm_up().gates(torch.rand(2, 5, 2).softmax(-1))).tolist() == [2] * 5
+    assert (
+        exits_taken(trainer.warm_up().gates(torch.rand(2, 5, 2).softmax(-1)).sigmoid()).tolist()
+        == [2] * 5
+    )
 
 
 def test_gates_let_the_easy_half_go(trainer: JointTrainer) -> None:
@@ -92,14 +96,23 @@ def test_gates_influence_heads_only_where_r_is_detached() -> None:
     found, labels = states(2000)
 
     def heads(detach: bool) -> tuple[Tensor, Tensor]:
-        settings = TrainSettings(warm_up_epochs=1, epochs=6, phase=20, detach=detach)
+        settings = TrainSettings(warm_up_epochs=1, epochs=6, phase=20)
         trainer = JointTrainer(found, labels, 2, COST, settings)
-        return trainer.train(0.01).weight, trainer.train(3.0).weight
+        one, other = (trainer.train(trade_off, detach=detach) for trade_off in (0.01, 3.0))
+        return one.weight, other.weight
 
     # With r in the gradient the heads' loss is plain cross-entropy, whatever the gates say.
     torch.testing.assert_close(*heads(False), rtol=1e-3, atol=1e-5)
     one, other = heads(True)
     assert not torch.allclose(one, other, rtol=1e-2, atol=1e-4)
+
+
+def test_heads_have_their_turn_however_few_the_batches() -> None:
+    found, labels = states(128)
+    trainer = JointTrainer(found, labels, 2, COST, TrainSettings(warm_up_epochs=1, epochs=8))
+    before, after = trainer.warm_up(), trainer.train(0.2)
+    assert not torch.equal(before.weight, after.weight)
+    assert (after.gate_weight != 0).any()
 
 
 def test_a_head_that_the_model_has_is_kept() -> None:
@@ -186,18 +199,21 @@ def test_a_difference_is_paired() -> None:
     assert error == pytest.approx(float(changes.std()) / 10)
 
 
-def test_the_fastest_that_surely_loses_little_is_taken() -> None:
+def test_those_that_surely_lose_little_are_measured() -> None:
     full = answers([True] * 900 + [False] * 100)
     lossy = point(0.3, [True] * 880 + [False] * 120)
     # Loses nothing on average, but on so few sequences that might be luck.
     unsure = point(0.4, [False] * 60 + [True] * 900 + [False] * 40)
     good = point(0.5, [True] * 899 + [False] * 101)
     slow = point(0.6, [True] * 950 + [False] * 50)
-    points = [slow, good, unsure, lossy]
-    assert choose(points, full, 0.005) is good
-    assert choose(points, full, 0.05) is lossy
-    assert choose([lossy], full, 0.005) is None
+    slower = point(0.7, [True] * 940 + [False] * 60)
+    points = [slower, slow, good, unsure, lossy]
+    fine = [loses_little(each, full, 0.005) for each in points]
+    assert fine == [True, True, True, False, False]
     assert frontier(points) == [lossy, unsure, slow]
+    # The two with the fewest layers, and of the rest of the frontier as much.
+    assert promising(points, full, 0.005, 2) == [lossy, unsure, good, slow]
+    assert promising(points, full, 0.05, 1) == [lossy, unsure]
 
 
 def test_temperatures_fit_those_that_leave(trainer: JointTrainer) -> None:

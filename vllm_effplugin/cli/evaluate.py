@@ -20,6 +20,7 @@ from rich.table import Table
 from vllm_effplugin.cli.options import parse_numbers
 from vllm_effplugin.config.checkpoint import (
     check_checkpoint,
+    is_classifier,
     read_model_config,
     stock_architecture,
 )
@@ -80,7 +81,7 @@ def evaluate(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Of a classifier with exits: labelled texts, as in `prepare`."),
+        typer.Option(help="Of a classifier: labelled texts, as in `prepare`."),
     ] = None,
     text_column: Annotated[str, typer.Option(help="Of --data.")] = "text",
     pair_column: Annotated[str, typer.Option(help="Of --data.")] = "text_pair",
@@ -94,9 +95,9 @@ def evaluate(
     full model, and accuracy of the answers. A classifier with exits classifies labelled texts.
     """
     efficiency = check_checkpoint(checkpoint)
-    if efficiency.joint_exit is not None:
+    if is_classifier(read_model_config(checkpoint)):
         if data is None:
-            raise ConfigError(f"{checkpoint} is a classifier with exits: give --data FILE")
+            raise ConfigError(f"{checkpoint} is a classifier: give --data FILE")
         from vllm_effplugin.techniques.joint_exit.data import Columns
         from vllm_effplugin.techniques.joint_exit.evaluate import evaluate_classifier
 

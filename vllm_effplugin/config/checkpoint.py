@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_effplugin.config.efficiency import (
+    CLASSIFIERS,
     EfficiencyConfig,
     efficient_architecture,
     parse_efficiency,
@@ -76,6 +77,12 @@ def stock_architecture(model_config: Mapping[str, Any]) -> str:
     name = (model_config.get("architectures") or ["(none)"])[0]
     ours = efficient_architecture(name)
     return next(stock for stock, efficient in ARCHITECTURES.items() if efficient == ours)
+
+
+def is_classifier(model_config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has a classification head, by its architecture: ours or stock."""
+    name = (model_config.get("architectures") or [""])[0]
+    return name in CLASSIFIERS or name in CLASSIFIERS.values()
 
 
 def stored_tensors(path: Path) -> dict[str, tuple[int, ...]]:
@@ -218,6 +225,7 @@ def write_checkpoint(
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     copy: bool = False,
+    passing: Path | None = None,
 ) -> None:
     """Write an efficient checkpoint beside its final place, check it, then move it there.
 
@@ -231,6 +239,7 @@ def write_checkpoint(
         files: further files of the `efficiency` folder, such as plots.
         overwrite: replace a non-empty `out`.
         copy: copy the base model's files instead.
+        passing: a folder that will not last, from which nothing is linked symbolically.
 
     Raises:
         CheckpointError: when `out` must not or cannot be written.
@@ -242,7 +251,8 @@ def write_checkpoint(
     with staged_directory(out, overwrite=overwrite) as staging:
         for source in base.iterdir():
             if source.name not in ("config.json", PROVENANCE) and source.is_file():
-                (shutil.copy2 if copy else link)(source, staging / source.name)
+                target = staging / source.name
+                shutil.copy2(source, target) if copy else link(source, target, passing)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         if tensors or files:
@@ -283,10 +293,17 @@ def staged_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def link(source: Path, target: Path) -> None:
-    """Make `target` the same file: a hard link where the file system allows, else a symbolic."""
+def link(source: Path, target: Path, passing: Path | None = None) -> None:
+    """Make `target` the same file: a hard link where the file system allows, else a symbolic one.
+
+    Args:
+        passing: a folder that will not last. What lies in it is copied where it cannot be linked.
+    """
     real = source.resolve()
     try:
         os.link(real, target)
     except OSError:
-        target.symlink_to(real)
+        if passing is not None and real.is_relative_to(passing.resolve()):
+            shutil.copy2(real, target)
+        else:
+            target.symlink_to(real)

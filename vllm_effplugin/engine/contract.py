@@ -432,6 +432,12 @@ CONTRACT: tuple[Interface, ...] = (
         "the pooler of a classifier",
         ("poolers_by_task",),
     ),
+    Interface(
+        "vllm.v1.worker.gpu.model_states.encoder_only",
+        "EncoderOnlyModelState.prepare_attn",
+        "the rows of runner V2",
+        ("input_batch",),
+    ),
     Interface("vllm.v1.pool.metadata", "PoolingMetadata", "reports", ("pooling_params",)),
     Interface("vllm", "PoolingParams", "what a request asks for", ("extra_kwargs", "task")),
     Interface("vllm", "PoolingRequestOutput", "answers with options", ("outputs",)),

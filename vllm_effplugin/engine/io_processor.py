@@ -74,9 +74,10 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
     def merge_pooling_params(self, params: PoolingParams | None = None) -> PoolingParams:
         """What the request whose texts were just given asks of the exits."""
         asked: ClassifyData = self._asked.now
-        merged = exit_pooling_params(exit=asked.exit, exit_bias=asked.exit_bias, exit_report=True)
-        merged.task = "classify"
-        merged.use_activation = True
+        merged = params or PoolingParams()
+        wishes = exit_pooling_params(exit=asked.exit, exit_bias=asked.exit_bias, exit_report=True)
+        merged.extra_kwargs = wishes.extra_kwargs
+        merged.task, merged.use_activation = "classify", True  # answers are probabilities
         return merged
 
     def post_process(
@@ -89,7 +90,7 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
         return [self._answer(output.outputs.data.tolist()) for output in model_output]
 
     def _answer(self, row: list[float]) -> dict[str, Any]:
-        *probabilities, depth = row
+        *probabilities, depth, as_prepared = row
         place = self._depths.index(round(depth))
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         sets = [
@@ -99,7 +100,8 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
                     self._labels[i] for i in prediction_set(probabilities, level.thresholds[place])
                 ],
             }
-            for level in self._exits.conformal
+            # They hold for what leaves where the checkpoint's own rule says.
+            for level in (self._exits.conformal if as_prepared else ())
         ]
         return {
             "label": self._labels[best],

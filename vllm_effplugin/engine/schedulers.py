@@ -11,7 +11,7 @@ from vllm.v1.request import Request
 
 from vllm_effplugin.engine.settings import efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
-from vllm_effplugin.techniques.joint_exit.request import parse_sequence_request
+from vllm_effplugin.techniques.joint_exit.request import engine_request
 
 
 class _SaltedRequests:
@@ -47,7 +47,7 @@ class _SaltedRequests:
         if not self._shares_blocks:
             return None
         params = request.pooling_params
-        may_leave = parse_sequence_request(params.extra_kwargs if params else None).exit
+        may_leave = engine_request(params.extra_kwargs if params else None).exit
         return f"joint_exit:{request.request_id}" if may_leave else None
 
 

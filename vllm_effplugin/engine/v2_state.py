@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.encoder_only import EncoderOnlyModelState
 
 from vllm_effplugin.engine.batch import Rows
 
@@ -51,8 +52,10 @@ class V2Rows:
         return Rows(slots, starts, lengths, decodes, completes)
 
 
-class RowsModelState(DefaultModelState):
-    """vLLM's model state, which tells a model with exits about its requests."""
+class _Rows:
+    """Tells a model whose rows change on the way about its requests. Mixed into a model state."""
+
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,14 +64,14 @@ class RowsModelState(DefaultModelState):
         self.model.attach(self._rows)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        super().add_request(req_index, new_req_data)
+        super().add_request(req_index, new_req_data)  # type: ignore[misc]
         self._slot_of[new_req_data.req_id] = req_index
         self._rows.forget()
         params = new_req_data.sampling_params or new_req_data.pooling_params
         self.model.admit_request(req_index, params)
 
     def remove_request(self, req_id: str) -> None:
-        super().remove_request(req_id)
+        super().remove_request(req_id)  # type: ignore[misc]
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
             self._rows.forget()
@@ -76,10 +79,18 @@ class RowsModelState(DefaultModelState):
 
     def preprocess_state(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> None:
         """Called before `prepare_attn`, and for batches of real requests only."""
-        super().preprocess_state(input_batch, *args, **kwargs)
+        super().preprocess_state(input_batch, *args, **kwargs)  # type: ignore[misc]
         self._rows.batch = input_batch
 
     def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self._rows.batch is not input_batch:
             self._rows.batch = None  # a dummy run
-        return super().prepare_attn(input_batch, *args, **kwargs)
+        return super().prepare_attn(input_batch, *args, **kwargs)  # type: ignore[misc]
+
+
+class RowsModelState(_Rows, DefaultModelState):
+    """Of a decoder."""
+
+
+class EncoderRowsModelState(_Rows, EncoderOnlyModelState):
+    """Of an encoder."""

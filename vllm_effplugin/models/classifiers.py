@@ -34,6 +34,7 @@ from vllm_effplugin.models.looped import EXTRA_PREFIX, LoopedModel
 from vllm_effplugin.models.trunk import compile_trunk
 from vllm_effplugin.techniques.joint_exit.heads import ExitHeads
 from vllm_effplugin.techniques.joint_exit.loop import SequenceExitLoop, Stack
+from vllm_effplugin.techniques.joint_exit.request import as_prepared
 
 
 class ExitPoolerHead(ClassifierPoolerHead):
@@ -61,17 +62,20 @@ class ExitPoolerHead(ClassifierPoolerHead):
         return logits
 
     def forward(self, pooled_data: Any, pooling_metadata: PoolingMetadata) -> Any:
-        """Probabilities of each row; with the number of its layers behind, where it asked."""
+        """Probabilities of each row.
+
+        Where it asked for a report, the number of its layers is behind them, and 1 if it left or
+        stayed as the checkpoint has it, else 0.
+        """
         answers = super().forward(pooled_data, pooling_metadata)
-        wants = [
-            bool(params.extra_kwargs and params.extra_kwargs.get("exit_report"))
-            for params in pooling_metadata.pooling_params
-        ]
-        if not any(wants):
+        extras = [params.extra_kwargs or {} for params in pooling_metadata.pooling_params]
+        if not any(extra.get("exit_report") for extra in extras):
             return answers
         return [
-            torch.cat([row, row.new_tensor([float(depth)])]) if asked else row
-            for row, depth, asked in zip(answers, self._depths, wants, strict=True)
+            torch.cat([row, row.new_tensor([float(depth), float(as_prepared(extra))])])
+            if extra.get("exit_report")
+            else row
+            for row, depth, extra in zip(answers, self._depths, extras, strict=True)
         ]
 
 
@@ -103,10 +107,6 @@ def _classifier(base: type[Any]) -> type[Any]:
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.add_exits(vllm_config)
-
-        @property
-        def loop(self) -> TrunkLoop | None:
-            return self.model.loop
 
     return Classifier
 
@@ -211,6 +211,8 @@ class EfficientBertModel(BertPoolingModel):
 @default_pooling_type(seq_pooling_type="CLS")
 class EfficientBertForSequenceClassification(_EfficientClassifier, BertForSequenceClassification):
     """BERT's classifier on a plan."""
+
+    encodes = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         # As the stock class does, which names its trunk's class.

@@ -22,15 +22,11 @@ EXTRA_PREFIX = f"{EXTRA_FOLDER}."
 """Marks names of the checkpoint's extra tensors while they are loaded."""
 
 
-def _rows_model_state() -> type[Any]:
-    """Runner V2 asks for it; imported then, because it needs what runner V2 needs."""
-    from vllm_effplugin.engine.v2_state import RowsModelState
-
-    return RowsModelState
-
-
 class LoopedModel(nn.Module):
     """Passes on to the loop of its trunk, if that has one."""
+
+    encodes = False
+    """Whether its attention looks both ways, without a cache."""
 
     @property
     def loop(self) -> TrunkLoop | None:
@@ -42,7 +38,13 @@ class LoopedModel(nn.Module):
         self.secondary_weights = self._extra_files(vllm_config)
         if self.loop is not None:
             # vLLM looks whether a model has this; without a loop its own choice stands.
-            self.get_model_state_cls = _rows_model_state
+            self.get_model_state_cls = self._model_state
+
+    def _model_state(self) -> type[Any]:
+        """Imported when runner V2 asks for it, because it needs what runner V2 needs."""
+        from vllm_effplugin.engine import v2_state
+
+        return v2_state.EncoderRowsModelState if self.encodes else v2_state.RowsModelState
 
     @staticmethod
     def _extra_files(vllm_config: VllmConfig) -> tuple[DefaultModelLoader.Source, ...]:

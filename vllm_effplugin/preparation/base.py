@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 
-from vllm_effplugin.config import CLASSIFIERS
-from vllm_effplugin.config.checkpoint import base_tensors, read_model_config, stock_architecture
+from vllm_effplugin.config.checkpoint import (
+    base_tensors,
+    is_classifier,
+    read_model_config,
+    stock_architecture,
+)
 from vllm_effplugin.errors import CheckpointError, ConfigError, UnsupportedError
 from vllm_effplugin.preparation import text as calibration
 from vllm_effplugin.preparation.text import Calibration, TextShape
@@ -32,27 +36,43 @@ def check_base(model: Path, sequence_length: int) -> int:
         UnsupportedError: quantised weights, or a window that the reference does not model.
     """
     config = read_model_config(model)
-    if stock_architecture(config) in CLASSIFIERS:
+    stock_architecture(config)
+    if is_classifier(config):
         raise ConfigError(
             f"{model} is a classifier, which `effplugin prepare classify` is for; this needs a "
             "language model"
         )
+    check_unprepared(model, config, "--sequence-length", sequence_length)
+    return int(config["num_hidden_layers"])
+
+
+def check_unprepared(model: Path, config: Mapping[str, Any], option: str, length: int) -> None:
+    """Refuse what no preparation takes.
+
+    Args:
+        option: that sets the length of sequences, for messages.
+        length: of sequences.
+
+    Raises:
+        ConfigError: an efficient checkpoint, or sequences that are too long.
+        CheckpointError: no model at `model`.
+        UnsupportedError: quantised weights, or a window that the reference does not model.
+    """
     base_tensors(model)
     if config.get("efficiency") is not None:
         raise ConfigError(f"{model} is an efficient checkpoint already; prepare its base model")
     if config.get("quantization_config") is not None:
         raise UnsupportedError(f"{model} is quantised; prepare the unquantised model")
-    limit = int(config.get("max_position_embeddings") or sequence_length)
-    if sequence_length > limit:
-        raise ConfigError(f"--sequence-length {sequence_length} exceeds the model's {limit}")
+    limit = int(config.get("max_position_embeddings") or length)
+    if length > limit:
+        raise ConfigError(f"{option} {length} exceeds the model's {limit}")
     # Qwen2 carries a window that only counts with `use_sliding_window`.
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is not None and window < sequence_length:
+    if window is not None and window < length:
         raise UnsupportedError(
-            f"--sequence-length {sequence_length} exceeds the model's attention window "
-            f"of {window}, which the reference does not model"
+            f"{option} {length} exceeds the model's attention window of {window}, which the "
+            "reference does not model"
         )
-    return int(config["num_hidden_layers"])
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:

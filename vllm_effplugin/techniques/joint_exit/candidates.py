@@ -25,7 +25,7 @@ from vllm_effplugin.techniques.joint_exit.config import (
     SequenceExit,
 )
 from vllm_effplugin.techniques.joint_exit.distribution import exits_taken
-from vllm_effplugin.techniques.joint_exit.training import Joint, gate_logits
+from vllm_effplugin.techniques.joint_exit.training import Joint
 from vllm_effplugin.techniques.joint_exit.uncertainty import (
     FEWEST,
     calibration_error,
@@ -79,7 +79,7 @@ class Answers:
         return calibration_error(self.probabilities.numpy(), labels.numpy())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One operating point.
 
@@ -167,7 +167,7 @@ def joint_candidates(
 ) -> Iterator[Candidate]:
     """Operating points of heads and gates that were trained for one `lambda`."""
     probabilities = heads.logits(held.states.float()).softmax(-1)
-    gates = gate_logits(heads.gate_weight, heads.gate_bias, probabilities[:-1])
+    gates = heads.gates(probabilities[:-1])
     for bias in biases:
         config = JointExitConfig(
             exits=tuple(SequenceExit(depth=depth) for depth in depths), bias=bias
@@ -254,19 +254,29 @@ def frontier(candidates: Iterable[Candidate]) -> list[Candidate]:
     return kept
 
 
-def choose(candidates: Iterable[Candidate], full: Answers, most_loss: float) -> Candidate | None:
-    """The one with the fewest layers whose loss of accuracy is small enough.
+def loses_little(candidate: Candidate, full: Answers, most_loss: float) -> bool:
+    """Whether a loss of accuracy is small enough.
 
     Careful by one standard error: the best of many on the same sequences looks better than it is.
 
     Args:
         most_loss: of accuracy, against the full model.
-
-    Returns:
-        None where all lose more.
     """
-    for candidate in sorted(candidates, key=lambda each: each.layers):
-        gained, error = difference(candidate.answers, full)
-        if gained - error >= -most_loss:
-            return candidate
-    return None
+    gained, error = difference(candidate.answers, full)
+    return gained - error >= -most_loss
+
+
+def promising(
+    candidates: Iterable[Candidate], full: Answers, most_loss: float, most: int
+) -> list[Candidate]:
+    """Those to measure: the ones with the fewest layers that lose little, and a part of the
+    frontier.
+
+    Args:
+        most: of each kind.
+    """
+    candidates = sorted(candidates, key=lambda each: each.layers)
+    good = [each for each in candidates if loses_little(each, full, most_loss)][:most]
+    others = [each for each in frontier(candidates) if each not in good]
+    step = max(1, -(-len(others) // most))
+    return sorted([*good, *others[::step]], key=lambda each: each.layers)

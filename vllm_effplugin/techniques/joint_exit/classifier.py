@@ -11,20 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_effplugin.config import CLASSIFIERS
-from vllm_effplugin.config.checkpoint import link, read_model_config, stored_tensors
-from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.config.checkpoint import (
+    is_classifier,
+    link,
+    read_model_config,
+    stored_tensors,
+)
+from vllm_effplugin.errors import CheckpointError, ConfigError
 from vllm_effplugin.preparation.backbone import Backbone, load_backbone
+from vllm_effplugin.preparation.base import stored_dtype
 
 INDEX = "model.safetensors.index.json"
 BACKBONE_FILE = "backbone.safetensors"
 HEAD_FILE = "score.safetensors"
 _LANGUAGE_MODEL = ("ForCausalLM", "ForMaskedLM", "Model")
-_LEFT_BEHIND = ("modules.json",)
+_LEFT_BEHIND = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 """Files that would make vLLM take the model for one of sentence embeddings."""
+
+_PREFIX = "model."
+_HEADS = ("lm_head.", "score.")
 
 
 def classifier_architecture(config: dict[str, Any]) -> str:
@@ -45,28 +55,30 @@ def classifier_architecture(config: dict[str, Any]) -> str:
 
 
 def own_head(model: Path, config: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight `[C, d]` and bias `[C]` of the head that a checkpoint has already; None without."""
-    if (config.get("architectures") or [""])[0] not in CLASSIFIERS:
+    """Weight `[C, d]` and bias `[C]` of the head that a checkpoint has already; None without.
+
+    Raises:
+        CheckpointError: a classifier whose head is not there.
+    """
+    if not is_classifier(config):
         return None
     for file in sorted(model.glob("*.safetensors")):
-        names = stored_tensors(file)
-        for name in ("score", "classifier"):
-            if f"{name}.weight" in names:
-                tensors = load_file(file)
-                return tensors[f"{name}.weight"].float(), _float(tensors.get(f"{name}.bias"))
-    raise ConfigError(f"{model} calls itself a classifier and has no head")
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for name in ("score", "classifier"):
+                if f"{name}.weight" in names:
+                    bias = f"{name}.bias"
+                    return (
+                        tensors.get_tensor(f"{name}.weight").float(),
+                        tensors.get_tensor(bias).float() if bias in names else None,
+                    )
+    raise CheckpointError(f"{model} calls itself a classifier and has no head")
 
 
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
-
-
-def classes_of(config: dict[str, Any]) -> tuple[str, ...] | None:
-    """Names of the classes that a classifier has already."""
-    if (config.get("architectures") or [""])[0] not in CLASSIFIERS or not config.get("id2label"):
-        return None
-    names = config["id2label"]
-    return tuple(str(names[str(i)] if str(i) in names else names[i]) for i in range(len(names)))
+def classes_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of a classifier's classes; Transformers leaves out the names of two unnamed ones."""
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return tuple(str(names[str(place)]) for place in range(len(names)))
 
 
 def write_classifier(
@@ -103,14 +115,17 @@ def write_classifier(
             out, weight, bias, backbone or load_backbone(model, architecture, torch.float32)
         )
         return
+    if backbone is None and not _has_prefix(model):
+        dtype = stored_dtype(read_model_config(model))
+        backbone = load_backbone(model, architecture, dtype)
     files: dict[str, str] = {}
     if backbone is not None:
         tensors = _tensors(backbone)
         save_file(tensors, out / BACKBONE_FILE, {"format": "pt"})
         files = dict.fromkeys(tensors, BACKBONE_FILE)
     else:
-        for file in sorted(model.glob("*.safetensors")):
-            names = [n for n in stored_tensors(file) if not n.startswith(("lm_head.", "score."))]
+        for file in _weight_files(model):
+            names = [name for name in stored_tensors(file) if not name.startswith(_HEADS)]
             if names:
                 # Not as `model.safetensors`, with which Transformers would ignore the index.
                 target = BACKBONE_FILE if file.name == "model.safetensors" else file.name
@@ -124,6 +139,23 @@ def write_classifier(
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": files}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _weight_files(model: Path) -> list[Path]:
+    """Those that hold the model: of its index if there is one, and no copy in another form."""
+    index = model / INDEX
+    if index.is_file():
+        return [
+            model / name
+            for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        ]
+    return [f for f in sorted(model.glob("*.safetensors")) if not f.name.startswith("consolidated")]
+
+
+def _has_prefix(model: Path) -> bool:
+    """Whether tensors are named as beside a head; models that were saved without one have none."""
+    names = [name for file in _weight_files(model) for name in stored_tensors(file)]
+    return all(name.startswith((_PREFIX, *_HEADS)) for name in names)
 
 
 def _write_config(model: Path, out: Path, architecture: str, classes: Sequence[str]) -> None:

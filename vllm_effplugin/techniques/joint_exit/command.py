@@ -34,7 +34,8 @@ def classify(
     model: Model,
     out: Out,
     train: Annotated[
-        str, typer.Option(help="Labelled texts: .jsonl, .csv, or NAME[/CONFIG]@SPLIT of the hub.")
+        str,
+        typer.Option(help="Labelled texts: .jsonl, .csv, or OWNER/NAME[/CONFIG]@SPLIT of the hub."),
     ],
     dev: Annotated[
         str | None, typer.Option(help="Held-out ones, to choose and calibrate on.")
@@ -79,7 +80,7 @@ def classify(
             help="The joint gates, a threshold on the probability, one depth for all, or none."
         ),
     ] = Written.joint,
-    epochs: Annotated[int, typer.Option(help="Passes in which gates and heads learn.", min=0)] = 16,
+    epochs: Annotated[int, typer.Option(help="Passes in which gates and heads learn.", min=1)] = 16,
     coverage: Annotated[
         str, typer.Option(help="Probabilities with which prediction sets hold the true class.")
     ] = "0.9,0.95",

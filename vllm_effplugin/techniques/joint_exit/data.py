@@ -34,7 +34,9 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: str = Field(description="A .jsonl or .csv file, or `NAME[/CONFIG]@SPLIT` of the hub.")
+    train: str = Field(
+        description="A .jsonl or .csv file, or `OWNER/NAME[/CONFIG]@SPLIT` of the hub."
+    )
     dev: str | None = Field(None, description="The same; else a share of the training rows.")
     dev_share: float = Field(0.15, gt=0, lt=1, description="That share.")
     columns: Columns = Field(default_factory=Columns)
@@ -82,7 +84,11 @@ def read_data(settings: DataSettings, classes: Sequence[str] | None = None) -> D
     """
     train = read_rows(settings.train, "--train", settings.columns)
     dev = None if settings.dev is None else read_rows(settings.dev, "--dev", settings.columns)
-    known = settings.labels or (tuple(classes) if classes else None)
+    if classes and settings.labels and set(settings.labels) != set(classes):
+        raise ConfigError(
+            f"--labels {','.join(settings.labels)}: the model's classes are {','.join(classes)}"
+        )
+    known = tuple(classes) if classes else settings.labels
     if known is None:
         known = _classes(train, settings.columns.label)
     if len(known) < 2:
@@ -107,7 +113,7 @@ def read_rows(source: str, option: str, columns: Columns) -> list[dict[str, Any]
     path = Path(source)
     try:
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")
             return [
                 _json_object(line, f"{option} {source}, line {number}")
                 for number, line in enumerate(lines, start=1)
@@ -121,7 +127,8 @@ def read_rows(source: str, option: str, columns: Columns) -> list[dict[str, Any]
     name, _, split = source.partition("@")
     if not split:
         raise ConfigError(
-            f"{option} {source}: neither a .jsonl or .csv file nor a data set's NAME[/CONFIG]@SPLIT"
+            f"{option} {source}: neither a .jsonl or .csv file nor a data set's "
+            "OWNER/NAME[/CONFIG]@SPLIT"
         )
     return _hub_rows(name, split, option, columns.label)
 
@@ -143,7 +150,6 @@ def _hub_rows(name: str, split: str, option: str, label: str) -> list[dict[str, 
         raise UnsupportedError(
             f"{option} {name}@{split} needs the package `datasets`: install it, or give a file"
         ) from None
-    # `owner/name/config`, or `name/config` for data sets without an owner.
     path, _, config = name.rpartition("/") if name.count("/") == 2 else (name, "", None)
     try:
         found = datasets.load_dataset(path, config, split=split)
@@ -152,13 +158,18 @@ def _hub_rows(name: str, split: str, option: str, label: str) -> list[dict[str, 
     names = getattr(found.features.get(label), "names", None)
     rows = [dict(row) for row in found]
     if names:
-        rows = [{**row, label: names[row[label]]} for row in rows]
+        rows = [{**row, label: _named(row.get(label), names)} for row in rows]
     return rows
+
+
+def _named(label: Any, names: Sequence[str]) -> Any:
+    """A class's name; what is none, such as -1 for "unlabelled", stays as it is."""
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
 def _classes(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[str, ...]:
     """Names for the labels that occur: `LABEL_i` for numbers, as Transformers has it."""
-    found = {str(row.get(column)) for row in rows}
+    found = {str(row[column]) for row in rows if row.get(column) is not None}
     if all(name.isdecimal() for name in found):
         return tuple(f"LABEL_{i}" for i in range(max(int(name) for name in found) + 1))
     return tuple(sorted(found))
@@ -203,3 +214,18 @@ def _text(row: Mapping[str, Any], settings: DataSettings, where: str) -> str:
             column = getattr(columns, name)
             raise ConfigError(f"{where}: no text in column {column!r}")
     return re.sub(r"\{(text|text_pair)\}", lambda found: fields[found[1]] or "", template)
+
+
+def tokenized(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids as vLLM makes them of a request's text, cut off at `max_length`.
+
+    Raises:
+        ConfigError: a text without any.
+    """
+    found: list[list[int]] = tokenizer(
+        list(texts), truncation=True, max_length=max_length, verbose=False
+    )["input_ids"]
+    for number, ids in enumerate(found, start=1):
+        if not ids:
+            raise ConfigError(f"row {number}: an empty text")
+    return found

@@ -5,6 +5,7 @@ Shapes: `N` sequences, `C` classes.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,20 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
-from vllm_effplugin.config.checkpoint import read_model_config
+from vllm_effplugin.config.checkpoint import PROVENANCE, read_model_config
 from vllm_effplugin.config.efficiency import parse_efficiency
 from vllm_effplugin.offline import run_with_engine
-from vllm_effplugin.techniques.joint_exit.data import Columns, DataSettings, examples, read_rows
+from vllm_effplugin.preparation.base import load_tokenizer
+from vllm_effplugin.techniques.joint_exit.classifier import classes_of
+from vllm_effplugin.techniques.joint_exit.data import (
+    Columns,
+    DataSettings,
+    examples,
+    read_rows,
+    tokenized,
+)
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
 from vllm_effplugin.techniques.joint_exit.uncertainty import calibration_error, prediction_set
 
@@ -28,18 +38,21 @@ def evaluate_classifier(checkpoint: Path, source: str, columns: Columns) -> dict
     """Classify labelled texts with a checkpoint, print the figures and return them.
 
     Args:
-        source: a .jsonl or .csv file, or `NAME[/CONFIG]@SPLIT` of the hub.
+        checkpoint: of `prepare classify`, with exits or without, or a stock classifier.
+        source: a .jsonl or .csv file, or `OWNER/NAME[/CONFIG]@SPLIT` of the hub.
         columns: names of its fields.
 
     Raises:
         ConfigError: data that cannot be read, or has other classes than the model.
         UnsupportedError: when vLLM is missing or cannot run the model.
     """
-    names = read_model_config(checkpoint)["id2label"]
-    classes = [names[str(place)] for place in range(len(names))]
-    settings = DataSettings(train=source, columns=columns)
-    labelled = examples(read_rows(source, "--data", columns), settings, classes, "--data")
-    found = run_with_engine(_evaluate, str(checkpoint), labelled.texts, labelled.labels.tolist())
+    config = read_model_config(checkpoint)
+    settings = _prepared_with(checkpoint, source).model_copy(update={"columns": columns})
+    rows = read_rows(source, "--data", columns)
+    labelled = examples(rows, settings, classes_of(config), "--data")
+    length = min(settings.max_length, config.get("max_position_embeddings") or settings.max_length)
+    sequences = tokenized(load_tokenizer(checkpoint), labelled.texts, length)
+    found = run_with_engine(_evaluate, str(checkpoint), sequences, labelled.labels.tolist(), length)
     table = Table(box=SIMPLE_HEAD, title=f"{len(labelled)} texts")
     for name in ("figure", "value"):
         table.add_column(name)
@@ -49,36 +62,54 @@ def evaluate_classifier(checkpoint: Path, source: str, columns: Columns) -> dict
     return found
 
 
-def _evaluate(model: str, texts: list[str], labels: list[int]) -> dict[str, float]:
+def _prepared_with(checkpoint: Path, source: str) -> DataSettings:
+    """How rows became texts when the checkpoint was prepared; the defaults if it was not."""
+    path = checkpoint / PROVENANCE
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = known.get("arguments", {}).get("data", {"train": source})
+    return DataSettings.model_validate(settings)
+
+
+def _evaluate(
+    model: str, sequences: list[list[int]], labels: list[int], max_length: int
+) -> dict[str, float]:
     from vllm import LLM
 
-    llm = LLM(model, enable_prefix_caching=False, disable_log_stats=True)
-    _speed(llm, texts[:32], exit=True)  # compiles
-    _speed(llm, texts[:32], exit=False)
-    found = figures(llm, texts, np.array(labels))
-    speeds = [(_speed(llm, texts, exit=True), _speed(llm, texts, exit=False)) for _ in range(3)]
+    llm = LLM(
+        model,
+        max_model_len=max_length,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in sequences]
+    found = figures(llm, prompts, np.array(labels))  # and warm
+    speeds = [
+        (_speed(llm, prompts, exit=True), _speed(llm, prompts, exit=False))
+        for _ in tqdm(range(3), desc="measuring", leave=False)
+    ]
     found["requests_s"] = float(np.median([early for early, _ in speeds]))
     found["speed_ratio"] = float(np.median([early / full for early, full in speeds]))
     return found
 
 
-def _speed(llm: Any, texts: Sequence[str], *, exit: bool) -> float:
+def _speed(llm: Any, texts: Sequence[Any], *, exit: bool) -> float:
     start = time.perf_counter()
-    llm.classify(texts, pooling_params=exit_pooling_params(exit=exit), use_tqdm=False)
+    llm.classify(list(texts), pooling_params=exit_pooling_params(exit=exit), use_tqdm=False)
     return len(texts) / (time.perf_counter() - start)
 
 
-def classify(llm: Any, texts: Sequence[str], *, exit: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+def classify(llm: Any, texts: Sequence[Any], *, exit: bool) -> tuple[NDArray[Any], NDArray[Any]]:
     """`[N, C]` probabilities, and `[N]` how many layers gave them."""
     params = exit_pooling_params(exit=exit, exit_report=True)
     outputs = llm.encode(
         list(texts), pooling_task="classify", pooling_params=params, use_tqdm=False
     )
     rows = np.array([output.outputs.data.tolist() for output in outputs])
-    return rows[:, :-1], rows[:, -1].round().astype(int)
+    return rows[:, :-2], rows[:, -2].round().astype(int)
 
 
-def figures(llm: Any, texts: Sequence[str], labels: NDArray[Any]) -> dict[str, float]:
+def figures(llm: Any, texts: Sequence[Any], labels: NDArray[Any]) -> dict[str, float]:
     """Accuracy, calibration, depth and coverage of a running engine, with exits or without.
 
     `difference` is accuracy less the full model's, paired, with its standard error;

@@ -24,7 +24,7 @@ from vllm_effplugin.engine.loop import TrunkLoop
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.joint_exit.config import HEADS, JointExitConfig
 from vllm_effplugin.techniques.joint_exit.heads import Decision, ExitHeads
-from vllm_effplugin.techniques.joint_exit.request import parse_sequence_request
+from vllm_effplugin.techniques.joint_exit.request import engine_request
 from vllm_effplugin.techniques.joint_exit.totals import MILLION, sequence_totals
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class SequenceExitLoop(TrunkLoop):
         self.heads = model.exit_heads
 
     def admit(self, slot: int, params: SamplingParams | PoolingParams | None) -> None:
-        request = parse_sequence_request(getattr(params, "extra_kwargs", None))
+        request = engine_request(getattr(params, "extra_kwargs", None))
         self._bias[slot] = request.bias(self.config.bias)
 
     def replace(self, config: JointExitConfig, tensors: dict[str, Tensor]) -> None:

@@ -55,7 +55,7 @@ def measure(
 
     llm = LLM(
         model,
-        max_model_len=max_length + 1,
+        max_model_len=max_length,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import (
+    EXTRA_FOLDER,
     PROVENANCE,
-    base_tensors,
+    is_classifier,
     link,
     read_model_config,
     require_output,
@@ -34,7 +34,12 @@ from vllm_effplugin.config.provenance import collect_provenance
 from vllm_effplugin.errors import ConfigError, UnsupportedError
 from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.preparation.backbone import Backbone, load_backbone
-from vllm_effplugin.preparation.base import fingerprint, load_tokenizer, stored_dtype
+from vllm_effplugin.preparation.base import (
+    check_unprepared,
+    fingerprint,
+    load_tokenizer,
+    stored_dtype,
+)
 from vllm_effplugin.preparation.precision import Precision
 from vllm_effplugin.preparation.tables import print_whole
 from vllm_effplugin.preparation.workdir import WorkDirectory
@@ -47,7 +52,7 @@ from vllm_effplugin.techniques.joint_exit.classifier import (
     write_classifier,
 )
 from vllm_effplugin.techniques.joint_exit.config import ConformalLevel
-from vllm_effplugin.techniques.joint_exit.data import Data, DataSettings, read_data
+from vllm_effplugin.techniques.joint_exit.data import Data, DataSettings, read_data, tokenized
 from vllm_effplugin.techniques.joint_exit.features import capture
 from vllm_effplugin.techniques.joint_exit.finetune import FineTuner, FineTuneSettings
 from vllm_effplugin.techniques.joint_exit.measure import Speed, measure
@@ -71,8 +76,12 @@ Written = Literal["joint", "threshold", "fixed", "final"]
 SWEEP = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Trade-offs between loss in nats and the share of the model that runs."""
 
-POINTS_PER_METHOD = 5
-"""Operating points that are measured in vLLM, next to the one that is taken."""
+POINTS_PER_METHOD = 3
+"""Operating points of a method that are measured in vLLM: so many that may be taken, and as many
+over the rest of its frontier."""
+
+WORTH_IT = 1.01
+"""Measured speed, relative to the full model, from which exits are written."""
 
 
 class ClassifyRequest(BaseModel):
@@ -136,10 +145,11 @@ def prepare(
     require_output(out, overwrite=overwrite)
     config = read_model_config(model)
     architecture = classifier_architecture(config)
-    _check_model(model, config)
+    _check_model(model, config, request.data.max_length)
     num_layers = int(config["num_hidden_layers"])
     depths = _depths(request, num_layers)
-    data = read_data(request.data, classes_of(config))
+    keeps_head = request.tune is None and is_classifier(config)
+    data = read_data(request.data, classes_of(config) if keeps_head else None)
     out = out.absolute()
     work = WorkDirectory(
         work_dir or out.with_name(f".{out.name}.work"),
@@ -161,20 +171,19 @@ def prepare(
         "threshold": list(points.threshold_candidates(alone, depths, num_layers, held)),
         "fixed": list(points.fixed_candidates(alone, depths, num_layers, held)),
     }
-    chosen = {
-        method: candidate
-        for method, each in found.items()
-        if (candidate := points.choose(each, full, request.most_loss)) is not None
-    }
     labels = data.dev.labels
-    chosen = {method: candidate.calibrated(labels) for method, candidate in chosen.items()}
-    shown = _to_measure(found, chosen, labels)
+    shown = [
+        candidate.calibrated(labels)
+        for each in found.values()
+        for candidate in points.promising(each, full, request.most_loss, POINTS_PER_METHOD)
+    ]
     rows = min(request.measured_rows, len(sequences["dev"]))
     speeds = _speeds(stock, shown, sequences["dev"][:rows], request, work)
     reports = [
         method_report(candidate, full, labels, speed, rows)
         for candidate, speed in zip([None, *shown], speeds, strict=True)
     ]
+    chosen = _chosen(shown, speeds[1:], full, request.most_loss)
     ablation = [
         method_report(candidate, full, labels, None, 0)
         for trade_off in request.trade_offs
@@ -183,17 +192,16 @@ def prepare(
             heads[trade_off], trade_off, depths, num_layers, held, (0.0,), suffix
         )
     ]
-    # Links to a work directory on another file system would end with it.
-    copy = work.folder.stat().st_dev != _existing(out).stat().st_dev
     taken = chosen.get(write)
     name = "the full model" if taken is None else taken.name
+    plot = frontier_png(reports, name)
     print_whole(console, methods_table("Held-out sequences", reports, name))
     print_whole(
         console, methods_table("Whether `r` is detached; the paper's rule, b=0", ablation, None)
     )
     if write != "final" and taken is None:
         console.print(
-            f"[bold]No gain:[/bold] every operating point of `{write}` loses more than "
+            f"[bold]No gain:[/bold] no operating point of `{write}` is faster and loses at most "
             f"{request.most_loss} of accuracy. The checkpoint is written without exits."
         )
     provenance = {
@@ -205,7 +213,7 @@ def prepare(
         "detached_or_not": [report.model_dump() for report in ablation],
     }
     if taken is None:
-        _write_stock(stock, out, provenance, overwrite=overwrite, copy=copy)
+        _write_stock(stock, out, provenance, plot, work.folder, overwrite=overwrite)
     else:
         taken = taken.only_used()
         figures = exit_figures(taken, labels, num_layers)
@@ -220,21 +228,17 @@ def prepare(
             EfficiencyConfig(joint_exit=exits),
             tensors=taken.tensors(),
             provenance=provenance,
-            files={"frontier.png": frontier_png(reports, name)},
+            files={"frontier.png": plot},
             overwrite=overwrite,
-            copy=copy,
+            passing=work.folder,
         )
     if not keep:
         work.remove()
     return Outcome(chosen, reports)
 
 
-def _check_model(model: Path, config: dict[str, Any]) -> None:
-    base_tensors(model)
-    if config.get("efficiency") is not None:
-        raise ConfigError(f"{model} is an efficient checkpoint already; prepare its base model")
-    if config.get("quantization_config") is not None:
-        raise UnsupportedError(f"{model} is quantised; prepare the unquantised model")
+def _check_model(model: Path, config: dict[str, Any], max_length: int) -> None:
+    check_unprepared(model, config, "--max-length", max_length)
     if len(set(config.get("layer_types") or ())) > 1:
         raise UnsupportedError(
             f"{model} mixes kinds of attention layers, which exits do not support"
@@ -270,19 +274,11 @@ def _sources(settings: DataSettings) -> dict[str, Any]:
 
 
 def _tokenized(model: Path, data: Data, max_length: int) -> dict[str, list[list[int]]]:
-    """Token ids as vLLM makes them of a request's text."""
     tokenizer = load_tokenizer(model)
-    limit = read_model_config(model).get("max_position_embeddings")
-    if limit is not None and max_length > limit:
-        raise ConfigError(f"--max-length {max_length} exceeds the model's {limit}")
-    sequences = {}
-    for name, examples in (("train", data.train), ("dev", data.dev)):
-        sequences[name] = tokenizer(
-            examples.texts, truncation=True, max_length=max_length, verbose=False
-        )["input_ids"]
-        if not all(sequences[name]):
-            raise ConfigError(f"an empty text among the {name} rows")
-    return sequences
+    return {
+        name: tokenized(tokenizer, examples.texts, max_length)
+        for name, examples in (("train", data.train), ("dev", data.dev))
+    }
 
 
 # --- Stages --------------------------------------------------------------------------------------
@@ -352,21 +348,19 @@ def _trained(
         def keep(name: str, heads: Joint) -> None:
             tensors.update({f"{name}.{part}": tensor for part, tensor in vars(heads).items()})
 
-        for detach in (True, False):
-            settings = request.train.model_copy(update={"detach": detach})
-            trainer = JointTrainer(
-                states["train"],
-                data.train.labels,
-                len(data.classes),
-                cost,
-                settings,
-                final=None if request.tune is not None else own_head(model, config),
-                final_bias=config["model_type"] == "bert",
-            )
-            if detach:
-                keep("alone", trainer.warm_up())
-            for place, trade_off in enumerate(request.trade_offs):
-                keep(f"{'joint' if detach else 'undetached'}.{place}", trainer.train(trade_off))
+        trainer = JointTrainer(
+            states["train"],
+            data.train.labels,
+            len(data.classes),
+            cost,
+            request.train,
+            final=None if request.tune is not None else own_head(model, config),
+            final_bias=config["model_type"] == "bert",
+        )
+        keep("alone", trainer.warm_up())
+        for place, trade_off in enumerate(request.trade_offs):
+            keep(f"joint.{place}", trainer.train(trade_off))
+            keep(f"undetached.{place}", trainer.train(trade_off, detach=False))
         work.save_tensors("heads", tensors)
         work.save_result("heads", _TradeOffs(values=request.trade_offs))
     stored = work.tensors("heads")
@@ -392,7 +386,7 @@ def _classifier(
 ) -> Path:
     """The stock classifier: the model itself, if it is one and stays as it is."""
     config = read_model_config(model)
-    if request.tune is None and own_head(model, config) is not None:
+    if request.tune is None and is_classifier(config):
         return model
     folder = work.folder / "classifier"
     if not folder.exists():
@@ -414,18 +408,19 @@ def _classifier(
     return folder
 
 
-def _to_measure(
-    found: dict[str, list[Candidate]], chosen: dict[str, Candidate], labels: Tensor
-) -> list[Candidate]:
-    """Of each method what is taken, and as much of its frontier as there is time for."""
-    taken = {candidate.name for candidate in chosen.values()}
-    shown = list(chosen.values())
-    for each in found.values():
-        others = [one for one in points.frontier(each) if one.name not in taken]
-        step = max(1, -(-len(others) // POINTS_PER_METHOD))
-        shown += [one.calibrated(labels) for one in others[::step]]
-    order = list(found)
-    return sorted(shown, key=lambda each: (order.index(each.method), each.layers))
+def _chosen(
+    shown: Sequence[Candidate], speeds: Sequence[Speed], full: Answers, most_loss: float
+) -> dict[str, Candidate]:
+    """Of each method the fastest as measured that loses little; none where that is no gain."""
+    found: dict[str, Candidate] = {}
+    fastest: dict[str, float] = {}
+    for candidate, speed in zip(shown, speeds, strict=True):
+        method = candidate.method
+        if points.loses_little(candidate, full, most_loss) and speed.ratio > fastest.get(
+            method, WORTH_IT
+        ):
+            found[method], fastest[method] = candidate, speed.ratio
+    return found
 
 
 def _speeds(
@@ -482,16 +477,25 @@ def _conformal(
 
 
 def _write_stock(
-    stock: Path, out: Path, provenance: dict[str, Any], *, overwrite: bool, copy: bool
+    stock: Path,
+    out: Path,
+    provenance: dict[str, Any],
+    plot: bytes,
+    passing: Path,
+    *,
+    overwrite: bool,
 ) -> None:
+    """Write the classifier without exits.
+
+    Args:
+        plot: of what was measured.
+        passing: a folder that will not last.
+    """
     with staged_directory(out, overwrite=overwrite) as staging:
         for source in stock.iterdir():
             if source.is_file() and source.name != PROVENANCE:
-                (shutil.copy2 if copy else link)(source, staging / source.name)
+                link(source, staging / source.name, passing)
+        (staging / EXTRA_FOLDER).mkdir()
+        (staging / EXTRA_FOLDER / "frontier.png").write_bytes(plot)
         text = json.dumps(provenance, indent=2) + "\n"
         (staging / PROVENANCE).write_text(text, encoding="utf-8")
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that there is."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())

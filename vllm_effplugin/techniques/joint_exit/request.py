@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from vllm_effplugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below `vllm`, so that its log settings apply
 
 
 class SequenceExitRequest(BaseModel):
@@ -27,7 +30,9 @@ class SequenceExitRequest(BaseModel):
         "above 0, the sequence leaves earlier.",
     )
     exit_report: bool = Field(
-        False, description="Append the number of layers that ran to the probabilities."
+        False,
+        description="Append to the probabilities the number of layers that ran, and whether the "
+        "checkpoint's own rule decided.",
     )
 
     def bias(self, default: float) -> float:
@@ -45,12 +50,33 @@ def parse_sequence_request(extra: Mapping[str, Any] | None) -> SequenceExitReque
     """
     given = {name: value for name, value in (extra or {}).items() if name.split("_")[0] == "exit"}
     if isinstance(given.get("exit_bias"), int) and not isinstance(given["exit_bias"], bool):
-        given["exit_bias"] = float(given["exit_bias"])
+        try:
+            given["exit_bias"] = float(given["exit_bias"])
+        except OverflowError:
+            raise ConfigError("exit_bias: not a usable number") from None
     try:
         return SequenceExitRequest.model_validate(given)
     except ValidationError as error:
         problems = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
         raise ConfigError(problems) from None
+
+
+def engine_request(extra: Mapping[str, Any] | None) -> SequenceExitRequest:
+    """The same where no error may be raised: what cannot be understood gets the full model.
+
+    Only programs that build their own `PoolingParams` get here with such; HTTP requests and
+    `exit_pooling_params` are checked before.
+    """
+    try:
+        return parse_sequence_request(extra)
+    except ConfigError as error:
+        logger.error("a request's %s: it runs the full model", error)
+        return SequenceExitRequest(exit=False)
+
+
+def as_prepared(extra: Mapping[str, Any]) -> bool:
+    """Whether a request leaves it to the checkpoint when to leave."""
+    return extra.get("exit", True) is True and extra.get("exit_bias") is None
 
 
 def exit_pooling_params(

@@ -27,6 +27,9 @@ MOST_POSITIVE_WEIGHT = 5.0
 """Of the rarer "leave" in a gate's loss."""
 
 
+FEWEST_PHASES = 8
+"""However few the batches are, so that heads see what gates have learnt."""
+
 _TINY = 1e-9
 """Below it, nobody leaves where there is anything to learn."""
 
@@ -37,19 +40,13 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     warm_up_epochs: int = Field(8, ge=1, description="Passes in which all heads learn alone.")
-    epochs: int = Field(16, ge=0, description="Passes in which gates and heads take turns.")
+    epochs: int = Field(16, ge=1, description="Passes in which gates and heads take turns.")
     phase: int = Field(200, ge=1, description="Batches of a turn.")
     batch: int = Field(64, ge=1, description="Sequences per step.")
     rate: float = Field(0.01, gt=0, description="Learning rate of the heads.")
     gate_rate: float = Field(0.3, gt=0, description="Learning rate of the gates.")
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-3, ge=0, description="Of the heads.")
-    detach: bool = Field(
-        True,
-        description="Whether the normalisation of the heads' loss passes no gradient. Without, as "
-        "in the authors' released code, its gradient is that of plain cross-entropy, and gates do "
-        "not influence heads.",
-    )
     seed: int = 0
 
 
@@ -72,8 +69,8 @@ class Joint:
         return torch.baddbmm(self.bias[:, None], states, self.weight.transpose(1, 2))
 
     def gates(self, probabilities: Tensor) -> Tensor:
-        """`[E, N]` gate values from `[E, N, C]` class probabilities."""
-        return gate_logits(self.gate_weight, self.gate_bias, probabilities).sigmoid()
+        """`[E, N]` logits of the gates from `[E, N, C]` class probabilities."""
+        return gate_logits(self.gate_weight, self.gate_bias, probabilities)
 
 
 def importance(heads: int) -> Tensor:
@@ -173,8 +170,14 @@ class JointTrainer:
         none = self._states.new_zeros(self.exits, MEASURES)
         return self._folded(weight, bias, none, none[:, 0] - math.inf)
 
-    def train(self, trade_off: float) -> Joint:
-        """Heads and gates for one `lambda`, from the heads that learnt alone."""
+    def train(self, trade_off: float, *, detach: bool = True) -> Joint:
+        """Heads and gates for one `lambda`, from the heads that learnt alone.
+
+        Args:
+            detach: whether the normalisation of the heads' loss passes no gradient. Without, as in
+                the authors' released code, that gradient is that of plain cross-entropy, and gates
+                do not influence heads.
+        """
         settings = self._settings
         weight, bias = (nn.Parameter(part.clone()) for part in self._warmed())
         gate_weight = nn.Parameter(self._states.new_zeros(self.exits, MEASURES))
@@ -182,16 +185,17 @@ class JointTrainer:
         heads = self._optimizer([weight, bias], settings.weight_decay)
         gates = self._optimizer([gate_weight, gate_bias], 0.0)
         steps = settings.epochs * self._per_epoch
+        phase = min(settings.phase, max(1, steps // FEWEST_PHASES))
         for step, rows in enumerate(self._batches(steps, f"lambda {trade_off:g}")):
             slower = _cosine(step, steps)
             cross_entropy, probabilities = self._losses(weight, bias, rows)
             logits = gate_logits(gate_weight, gate_bias, probabilities[:-1].detach())
-            if step // settings.phase % 2 == 0:
+            if step // phase % 2 == 0:
                 loss = gate_loss(logits, cross_entropy.detach(), self._cost, trade_off)
                 self._step(gates, loss, settings.gate_rate * slower)
             else:
                 probability = exit_distribution(logits.detach().sigmoid())
-                loss = head_loss(cross_entropy, probability, detach=settings.detach)
+                loss = head_loss(cross_entropy, probability, detach=detach)
                 self._step(heads, loss, settings.rate * slower)
         return self._folded(weight, bias, gate_weight, gate_bias)
 
