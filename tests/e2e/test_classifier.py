@@ -16,6 +16,8 @@ from tests.e2e.server import serving
 from tests.engine.test_joint_exit import JOINT, checkpoint
 from tests.tiny import BERT, VOCAB, add_tokenizer, engine, make_checkpoint, make_classifier
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_model_config
+from vllm_effplugin.techniques.joint_exit.data import Columns
+from vllm_effplugin.techniques.joint_exit.evaluate import evaluate_classifier
 from vllm_effplugin.techniques.joint_exit.prepare import ClassifyRequest, Outcome, prepare
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
 
@@ -25,7 +27,9 @@ def test_classify_and_pooling_over_http(tmp_path):
     base = make_classifier(tmp_path / "base")
     add_tokenizer(base)
     texts = ["a good one", "bad", "neither, nor", "what?", "x" * 90]
-    with serving(checkpoint(base, tmp_path / "exits", JOINT), tmp_path) as (client, _):
+    sets = [{"coverage": 0.9, "thresholds": [0.4, 0.4, 0.4, 0.2]}]
+    exits = checkpoint(base, tmp_path / "exits", {**JOINT, "conformal": sets})
+    with serving(exits, tmp_path) as (client, _):
 
         def classify() -> list[list[float]]:
             answer = client.post("/classify", json={"model": "demo", "input": texts})
@@ -47,6 +51,13 @@ def test_classify_and_pooling_over_http(tmp_path):
             f"LABEL_{max(range(3), key=p.__getitem__)}" for p in plain
         ]
         assert min(row["layers"] for row in asked) < 12
+        assert all(len(row["sets"]) == 1 for row in asked)
+        for row in asked:
+            threshold = 0.4 if row["layers"] < 12 else 0.2
+            likely = {f"LABEL_{i}" for i, p in enumerate(row["probs"]) if p >= threshold}
+            assert set(row["sets"][0]["labels"]) == likely | {row["label"]}
+        # They hold for the checkpoint's own rule.
+        assert all(row["sets"] == [] for row in rows(exit=False) + rows(exit_bias=0.0))
         assert {row["layers"] for row in rows(exit=False)} == {12}
         assert {row["layers"] for row in rows(exit_bias=50)} == {3}
         assert {row["layers"] for row in rows(exit_bias=-50)} == {12}
@@ -71,7 +82,7 @@ def test_classify_and_pooling_over_http(tmp_path):
         depth: float(shown[f'effplugin_classify_sequences_total{{depth="{depth}",{labels}}}'])
         for depth in (3, 6, 9, 12)
     }
-    assert sum(answered.values()) == 6 * len(texts)
+    assert sum(answered.values()) == 8 * len(texts)
     mean = sum(depth * count for depth, count in answered.items()) / sum(answered.values())
     assert float(shown[f"effplugin_classify_mean_depth{{{labels}}}"]) == pytest.approx(mean)
 
@@ -178,6 +189,13 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path):
         ]
     for ours, other in zip(stock, theirs, strict=False):
         assert ours == pytest.approx(other, abs=1e-4)
+    found = evaluate_classifier(
+        tmp_path / "joint", data(tmp_path / "fresh.jsonl", 300, 9), Columns()
+    )
+    assert found["accuracy"] == pytest.approx(accuracy(served(tmp_path / "joint", texts), fresh))
+    assert found["accuracy"] - found["difference"] == pytest.approx(accuracy(stock, fresh))
+    assert 2 <= found["mean_depth"] < 12
+    assert found["speed_ratio"] > 0
     for method in ("joint", "fixed"):
         early = served(tmp_path / method, texts)
         assert early != stock
