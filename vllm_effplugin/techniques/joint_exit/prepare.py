@@ -1,7 +1,7 @@
 """`effplugin prepare classify`: data, fine-tuning, states, heads and gates, choice, checkpoint.
 
 Every stage leaves its result in a work directory, so that the same command continues where an
-interrupted one stopped, and another `--write` starts from what is there.
+interrupted one stopped, and another `--write` or `--max-loss` starts from what is there.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def prepare(
     out = out.absolute()
     work = WorkDirectory(
         work_dir or out.with_name(f".{out.name}.work"),
-        fingerprint(model, None, {**request.model_dump(mode="json"), **_sources(request.data)}),
+        fingerprint(model, None, {**_decides_training(request), **_sources(request.data)}),
     )
     sequences = _tokenized(model, data, request.data.max_length)
     states = _states(model, architecture, depths, data, sequences, request, work)
@@ -261,6 +261,12 @@ def _depths(request: ClassifyRequest, num_layers: int) -> tuple[int, ...]:
     if depths[-1] >= num_layers:
         raise ConfigError(f"--exits: depth {depths[-1]} is not inside {num_layers} layers")
     return depths
+
+
+def _decides_training(request: ClassifyRequest) -> dict[str, Any]:
+    """What trained tensors depend on; another choice among them starts from what is there."""
+    chooses = {"most_loss", "coverage", "measured_rows"}
+    return request.model_dump(mode="json", exclude=chooses)
 
 
 def _sources(settings: DataSettings) -> dict[str, Any]:
@@ -431,8 +437,9 @@ def _speeds(
     work: WorkDirectory,
 ) -> list[Speed]:
     """Speeds of the full model and of each operating point."""
+    measured = [f"{len(sequences)} texts", *(f"{each.method} {each.name}" for each in shown)]
     kept = work.result("speeds", _Speeds)
-    if kept is not None:
+    if kept is not None and kept.measured == measured:
         return kept.speeds
     logger.warning("measuring %d operating points in vLLM", len(shown) + 1)
     folder = work.folder / "candidate"
@@ -451,12 +458,15 @@ def _speeds(
         save_file(candidate.tensors(), path)
         arguments.append((candidate.config.model_dump_json(), str(path)))
     answers = run_with_engine(measure, str(folder), sequences, arguments, request.data.max_length)
-    result = _Speeds(speeds=[Speed.model_validate(each) for each in answers])
+    result = _Speeds(measured=measured, speeds=[Speed.model_validate(each) for each in answers])
     work.save_result("speeds", result)
     return result.speeds
 
 
 class _Speeds(BaseModel):
+    """What was measured, and what that gave."""
+
+    measured: list[str]
     speeds: list[Speed]
 
 

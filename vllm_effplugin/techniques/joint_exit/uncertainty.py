@@ -81,6 +81,8 @@ def conformal_thresholds(
 
 
 def prediction_set(probabilities: Sequence[float], threshold: float) -> list[int]:
-    """Classes with at least the threshold's probability, and the most likely one in any case."""
-    best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    return [i for i, p in enumerate(probabilities) if p >= threshold or i == best]
+    """Classes with at least the threshold's probability.
+
+    None where the model is right more often than the coverage asks for.
+    """
+    return [i for i, p in enumerate(probabilities) if p >= threshold]
