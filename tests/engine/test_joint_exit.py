@@ -179,6 +179,7 @@ def test_preempted_prompts(classifier, tmp_path):
     options = {
         "max_num_batched_tokens": 64,
         "max_num_seqs": 16,
+        "long_prefill_token_threshold": 16,  # several prompts at a time, a part of each
         "num_gpu_blocks_override": 9,
         "block_size": 32,
         "max_model_len": 256,

@@ -440,6 +440,10 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.v1.pool.metadata", "PoolingMetadata", "reports", ("pooling_params",)),
     Interface("vllm", "PoolingParams", "what a request asks for", ("extra_kwargs", "task")),
+    Interface(
+        "vllm.pooling_params", "PoolingParams", "what a request asks for", ("extra_kwargs", "task")
+    ),
+    Interface("vllm.renderers", "BaseRenderer", "requests with options"),
     Interface("vllm", "PoolingRequestOutput", "answers with options", ("outputs",)),
     Interface("vllm.config", "ModelConfig", "classifiers", ("io_processor_plugin",)),
     *(

@@ -30,6 +30,7 @@ from vllm_effplugin.techniques.joint_exit.data import (
     read_rows,
     tokenized,
 )
+from vllm_effplugin.techniques.joint_exit.measure import open_classifier
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
 from vllm_effplugin.techniques.joint_exit.uncertainty import calibration_error, prediction_set
 
@@ -73,15 +74,7 @@ def _prepared_with(checkpoint: Path, source: str) -> DataSettings:
 def _evaluate(
     model: str, sequences: list[list[int]], labels: list[int], max_length: int
 ) -> dict[str, float]:
-    from vllm import LLM
-
-    llm = LLM(
-        model,
-        max_model_len=max_length,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-    )
+    llm = open_classifier(model, max_length)
     prompts = [{"prompt_token_ids": ids} for ids in sequences]
     found = figures(llm, prompts, np.array(labels))  # and warm
     speeds = [

@@ -51,15 +51,7 @@ def measure(
     Returns:
         a `Speed` as JSON for the full model and for each point.
     """
-    from vllm import LLM
-
-    llm = LLM(
-        model,
-        max_model_len=max_length,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-    )
+    llm = open_classifier(model, max_length)
     prompts = [{"prompt_token_ids": sequence} for sequence in sequences]
     seconds: list[list[float]] = [[] for _ in range(len(points) + 1)]
     classes: list[list[int]] = [[] for _ in seconds]
@@ -82,6 +74,23 @@ def measure(
         }
         for own, found in zip(seconds, classes, strict=True)
     ]
+
+
+def open_classifier(model: str, max_length: int) -> Any:
+    """A `vllm.LLM` that classifies token ids, again and again.
+
+    Args:
+        max_length: of a sequence.
+    """
+    from vllm import LLM
+
+    return LLM(
+        model,
+        max_model_len=max_length,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    )
 
 
 def _classify(llm: Any, prompts: Sequence[Any], *, exit: bool) -> tuple[float, list[int]]:
