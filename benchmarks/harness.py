@@ -681,12 +681,17 @@ def as_table(rows: Sequence[Row]) -> Table:
         table.add_row(
             "" if before is not None and before.case == row.case else row.case,
             row.metric.name,
-            "-" if numbers["baseline"] is None else f"{numbers['baseline']:.2f}",
-            f"{numbers['candidate']:.2f}",
+            "-" if numbers["baseline"] is None else _figure(numbers["baseline"]),
+            _figure(numbers["candidate"]),
             "-" if row.ratio is None else f"[{_colour(row)}]{row.ratio:.3f}[/]",
             f"{numbers['spread']:.3f}",
         )
     return table
+
+
+def _figure(value: float) -> str:
+    """Two places behind the point, four where there is nothing much before it."""
+    return f"{value:.2f}" if abs(value) >= 2 else f"{value:.4f}"
 
 
 def _colour(row: Row) -> str:
