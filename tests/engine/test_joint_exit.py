@@ -24,7 +24,12 @@ DEPTHS = (3, 6, 9)
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Bert")
 TOLERANCE = 1e-4
 
-JOINT = {"exits": [{"depth": depth} for depth in DEPTHS]}
+JOINT = {
+    "exits": [
+        {"depth": depth, "temperature": temperature}
+        for depth, temperature in zip(DEPTHS, (1.5, 0.8, 1.0), strict=True)
+    ]
+}
 CONFIDENCE = {
     "exits": [{"depth": depth, "threshold": 0.55} for depth in DEPTHS],
     "rule": "confidence",

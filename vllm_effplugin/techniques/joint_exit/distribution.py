@@ -48,7 +48,9 @@ class Inference:
     """Decides for a batch of sequences, exit after exit, where they leave.
 
     `c_l = clip(P_l / prod_{j<l} (1 - c_j), 0, 1)`, and a sequence leaves at the first exit with
-    `c_l >= 0.5`. The state is that of the sequences which are still there.
+    `c_l >= 0.5`. Until then `prod (1 - c_j)` is `1 - sum g_j`, so that where `P_l` would be cut
+    below `g_l`, `c_l` is 1 either way: `g_l` serves for `P_l`. The state is that of the sequences
+    which are still there.
 
     Args:
         count: `B`.
@@ -56,7 +58,6 @@ class Inference:
     """
 
     def __init__(self, count: int, like: Tensor) -> None:
-        self._claimed = like.new_zeros(count)
         self._stays = like.new_ones(count)
 
     def leaves(self, gates: Tensor, asked: Tensor | slice = slice(None)) -> Tensor:
@@ -66,10 +67,8 @@ class Inference:
             gates: `[n]` gate values of that exit.
             asked: indices of their sequences; the others stay.
         """
-        claimed, stays = self._claimed[asked], self._stays[asked]
-        probability = torch.minimum(gates, 1 - claimed).clamp_min(0)
-        conditional = (probability / stays.clamp_min(_TINY)).clamp(0, 1)
-        self._claimed[asked] = claimed + gates
+        stays = self._stays[asked]
+        conditional = (gates / stays.clamp_min(_TINY)).clamp(0, 1)
         self._stays[asked] = stays * (1 - conditional)
         return conditional >= LEAVES
 
