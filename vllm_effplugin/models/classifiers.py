@@ -87,7 +87,6 @@ class _EfficientClassifier(LoopedModel):
 
     def add_exits(self, vllm_config: VllmConfig) -> None:
         """Heads of the exits, and a pooler that knows them. The last step of `__init__`."""
-        self.connect(vllm_config)
         joint_exit = efficiency_of(vllm_config.model_config.hf_config).joint_exit
         if joint_exit is None:
             return
@@ -230,6 +229,7 @@ class EfficientBertForSequenceClassification(_EfficientClassifier, BertForSequen
         self.pooler = DispatchPooler.for_seq_cls(
             model.pooler_config, pooling=self.bert.pooler, classifier=self.classifier
         )
+        self.connect(vllm_config)
         self.add_exits(vllm_config)
 
     @property
