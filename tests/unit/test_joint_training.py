@@ -127,6 +127,18 @@ def test_a_head_that_the_model_has_is_kept() -> None:
             torch.testing.assert_close(heads.bias[-1], expected, atol=1e-3, rtol=1e-4)
 
 
+def test_the_full_models_head_is_the_same_for_all_trade_offs() -> None:
+    """A checkpoint's is the stock classifier's; held-out answers have to be those it will give."""
+    found, labels = states(1000)
+    settings = TrainSettings(warm_up_epochs=1, epochs=4, phase=5)
+    trainer = JointTrainer(found, labels, 2, COST, settings)
+    alone = trainer.warm_up()
+    for heads in (trainer.train(0.2), trainer.train(0.2, detach=False)):
+        assert torch.equal(heads.weight[-1], alone.weight[-1])
+        assert torch.equal(heads.bias[-1], alone.bias[-1])
+        assert not torch.equal(heads.weight[0], alone.weight[0])
+
+
 def test_a_head_without_bias() -> None:
     found, labels = states(1000)
     settings = TrainSettings(warm_up_epochs=2, epochs=2, phase=5)

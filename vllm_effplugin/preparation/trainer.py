@@ -46,6 +46,11 @@ class WindowTrainerSettings(TrainerSettings):
         return math.ceil(self.tokens / (self.batch * sequence_length))
 
 
+def cosine_decay(progress: float, end: float = 0.0) -> float:
+    """Share of a learning rate: 1 at progress 0, `end` at 1, along a cosine."""
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 class Trainer(ABC):
     """AdamW with linear warm-up and a cosine, from a saved state where there is one.
 
@@ -139,7 +144,7 @@ class Trainer(ABC):
         if self.step < warmup:
             return (self.step + 1) / (warmup + 1)
         progress = (self.step - warmup) / max(1.0, self.total_steps - warmup)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+        return cosine_decay(progress, 0.1)
 
     def _batches(self) -> Iterator[Tensor]:
         """Rows of the batches still to come; they depend on seed and step alone."""

@@ -10,7 +10,6 @@ Shapes: `M` sequences, `S` positions, `N` = `M * S` tokens, `d` hidden size, `V`
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from vllm_effplugin.preparation.decoder import Decoder, run_layer
 from vllm_effplugin.preparation.head import HeadDivergence
 from vllm_effplugin.preparation.precision import Precision, autocast
+from vllm_effplugin.preparation.trainer import cosine_decay
 from vllm_effplugin.techniques.early_exit.exits import Exit, LinearAdapter
 from vllm_effplugin.techniques.early_exit.features import Features
 
@@ -249,7 +249,7 @@ class Trainer:
         batches = tqdm(self._batches(count, batch, steps), total=steps, desc=label, leave=False)
         for step, rows in enumerate(batches):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * _cosine(step, steps)
+                group["lr"] = rate * cosine_decay(step / steps, 0.05)
             value = loss(rows)
             value.backward()
             optimizer.step()
@@ -300,7 +300,3 @@ def ridge(hidden: Tensor, final: Tensor) -> Tensor:
         cross += (h * scale).T @ ((f - h) * scale)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     return torch.linalg.solve(gram, cross).T.float()
-
-
-def _cosine(step: int, steps: int) -> float:
-    return 0.05 + 0.475 * (1 + math.cos(math.pi * step / max(1, steps)))

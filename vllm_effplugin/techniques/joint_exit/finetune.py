@@ -21,7 +21,7 @@ from vllm_effplugin.preparation.backbone import Backbone, padded
 from vllm_effplugin.preparation.lora import add_lora
 from vllm_effplugin.preparation.precision import autocast
 from vllm_effplugin.preparation.trainer import Trainer, TrainerSettings
-from vllm_effplugin.techniques.joint_exit.training import importance
+from vllm_effplugin.techniques.joint_exit.training import head_logits, importance
 
 SORTED_BATCHES = 50
 """Batches over which sequences are sorted by length, so that little is padded."""
@@ -82,9 +82,7 @@ class FineTuner(Trainer):
         ids, lengths = padded([self._sequences[row] for row in rows.tolist()])
         with autocast(device, self._training.precision):
             states = self._backbone.states(ids.to(device), lengths.to(device), self._depths)
-        logits = torch.baddbmm(
-            self.bias[:, None], torch.stack(states).float(), self.weight.transpose(1, 2)
-        )
+        logits = head_logits(self.weight, self.bias, torch.stack(states).float())
         labels = self._labels[rows].to(device)
         losses = torch.stack([functional.cross_entropy(part, labels) for part in logits])
         return (self._importance * losses).sum(), float(losses[-1].detach())

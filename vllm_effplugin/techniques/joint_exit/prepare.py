@@ -330,12 +330,6 @@ def _states(
     return found
 
 
-class _TradeOffs(BaseModel):
-    """Marks that the heads of all trade-offs are there."""
-
-    values: tuple[float, ...]
-
-
 def _trained(
     model: Path,
     config: dict[str, Any],
@@ -346,14 +340,10 @@ def _trained(
     work: WorkDirectory,
 ) -> tuple[Joint, dict[float, Joint], dict[float, Joint]]:
     """Heads that learnt alone; with gates, per trade-off; and the same with `r` not detached."""
-    if work.result("heads", _TradeOffs) is None:
+    stored = work.tensors("heads")
+    if stored is None:
         num_layers = int(config["num_hidden_layers"])
         cost = [*(depth / num_layers for depth in depths), 1.0]
-        tensors: dict[str, Tensor] = {}
-
-        def keep(name: str, heads: Joint) -> None:
-            tensors.update({f"{name}.{part}": tensor for part, tensor in vars(heads).items()})
-
         trainer = JointTrainer(
             states["train"],
             data.train.labels,
@@ -363,22 +353,25 @@ def _trained(
             final=None if request.tune is not None else own_head(model, config),
             final_bias=config["model_type"] == "bert",
         )
-        keep("alone", trainer.warm_up())
+        found = {"alone": trainer.warm_up()}
         for place, trade_off in enumerate(request.trade_offs):
-            keep(f"joint.{place}", trainer.train(trade_off))
-            keep(f"undetached.{place}", trainer.train(trade_off, detach=False))
-        work.save_tensors("heads", tensors)
-        work.save_result("heads", _TradeOffs(values=request.trade_offs))
-    stored = work.tensors("heads")
-    assert stored is not None
+            found[f"joint.{place}"] = trainer.train(trade_off)
+            found[f"undetached.{place}"] = trainer.train(trade_off, detach=False)
+        stored = {
+            f"{name}.{part}": tensor
+            for name, heads in found.items()
+            for part, tensor in vars(heads).items()
+        }
+        work.save_tensors("heads", stored)
+    tensors = stored
 
-    def heads(name: str) -> Joint:
-        return Joint(*(stored[f"{name}.{part}"] for part in Joint.__dataclass_fields__))
+    def read(name: str) -> Joint:
+        return Joint(*(tensors[f"{name}.{part}"] for part in Joint.__dataclass_fields__))
 
     return (
-        heads("alone"),
-        {value: heads(f"joint.{i}") for i, value in enumerate(request.trade_offs)},
-        {value: heads(f"undetached.{i}") for i, value in enumerate(request.trade_offs)},
+        read("alone"),
+        {value: read(f"joint.{i}") for i, value in enumerate(request.trade_offs)},
+        {value: read(f"undetached.{i}") for i, value in enumerate(request.trade_offs)},
     )
 
 

@@ -1,7 +1,9 @@
 """Training heads and gates together on captured states: JEI-DNN (arXiv 2310.09163).
 
 The bi-level objective: gates minimise `E sum_l P_l (CE_l + lambda IC_l)`, subject to heads that
-minimise `E sum_l P_l CE_l`. `IC_l` is the share of the model that has run at exit `l`.
+minimise `E sum_l P_l CE_l`. `IC_l` is the share of the model that has run at exit `l`. The full
+model's head learns in the warm-up only: without exits, a checkpoint answers as the stock
+classifier, whatever its trade-off.
 
 Heads are trained on standardised states, which makes one learning rate fit every depth and model,
 and folded back. Shapes: `E` exits, `N` sequences, `d` hidden size, `C` classes; index `E` is the
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from vllm_effplugin.preparation.trainer import cosine_decay
 from vllm_effplugin.techniques.joint_exit.config import MEASURES
 from vllm_effplugin.techniques.joint_exit.distribution import exit_distribution, measures
 
@@ -66,7 +69,7 @@ class Joint:
 
     def logits(self, states: Tensor) -> Tensor:
         """`[E + 1, N, C]` class logits from `[E + 1, N, d]` states."""
-        return torch.baddbmm(self.bias[:, None], states, self.weight.transpose(1, 2))
+        return head_logits(self.weight, self.bias, states)
 
     def gates(self, probabilities: Tensor) -> Tensor:
         """`[E, N]` logits of the gates from `[E, N, C]` class probabilities."""
@@ -81,6 +84,11 @@ def importance(heads: int) -> Tensor:
     weights = torch.arange(heads - 1, -1, -1, dtype=torch.float32)
     weights[-1] = 1.0
     return weights / weights.sum()
+
+
+def head_logits(weight: Tensor, bias: Tensor, states: Tensor) -> Tensor:
+    """`[E + 1, N, C]`: each head on the states of its depth, `[E + 1, N, d]`."""
+    return torch.baddbmm(bias[:, None], states, weight.transpose(1, 2))
 
 
 def gate_logits(weight: Tensor, bias: Tensor, probabilities: Tensor) -> Tensor:
@@ -187,7 +195,7 @@ class JointTrainer:
         steps = settings.epochs * self._per_epoch
         phase = min(settings.phase, max(1, steps // FEWEST_PHASES))
         for step, rows in enumerate(self._batches(steps, f"lambda {trade_off:g}")):
-            slower = _cosine(step, steps)
+            slower = cosine_decay(step / steps)
             cross_entropy, probabilities = self._losses(weight, bias, rows)
             logits = gate_logits(gate_weight, gate_bias, probabilities[:-1].detach())
             if step // phase % 2 == 0:
@@ -206,6 +214,7 @@ class JointTrainer:
         return max(1, len(self._labels) // self._settings.batch)
 
     def _warmed(self) -> tuple[Tensor, Tensor]:
+        """`[E, C, d]` and `[E, C]` of the exits' heads."""
         if self._warm is None:
             settings = self._settings
             size = self._states.shape[-1]
@@ -219,20 +228,22 @@ class JointTrainer:
             for step, rows in enumerate(self._batches(steps, "warm-up")):
                 cross_entropy, _ = self._losses(weight, bias, rows)
                 loss = cross_entropy.mean(1).sum()
-                self._step(optimizer, loss, settings.rate * _cosine(step, steps))
-            self._warm = weight.detach(), bias.detach()
+                self._step(optimizer, loss, settings.rate * cosine_decay(step / steps))
+            weights, biases = self._all_heads(weight.detach(), bias.detach())
+            # The full model's head is the stock classifier's from here on, for all trade-offs.
+            self._fixed = weights[-1], biases[-1]
+            self._warm = weights[:-1], biases[:-1]
         return self._warm
 
     def _losses(self, weight: Tensor, bias: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`[E + 1, B]` cross-entropies and `[E + 1, B, C]` probabilities of some sequences."""
         weight, bias = self._all_heads(weight, bias)
-        logits = torch.baddbmm(bias[:, None], self._states[:, rows], weight.transpose(1, 2))
-        log_p = logits.log_softmax(-1)
+        log_p = head_logits(weight, bias, self._states[:, rows]).log_softmax(-1)
         labels = self._labels[rows].expand(len(log_p), -1)[..., None]
         return -log_p.gather(-1, labels).squeeze(-1), log_p.exp()
 
     def _all_heads(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """`[E + 1, C, d]` and `[E + 1, C]`, of those that are trained and the one that is not."""
+        """`[E + 1, C, d]` and `[E + 1, C]`: with the full model's head, where it is not trained."""
         if self._fixed is not None:
             weight = torch.cat([weight, self._fixed[0][None]])
             bias = torch.cat([bias, self._fixed[1][None]])
@@ -269,7 +280,3 @@ class JointTrainer:
         weight = weight / self._scale
         bias = bias - (weight @ self._mean.transpose(1, 2)).squeeze(-1)
         return Joint(weight, bias, *(gate.detach() for gate in gates))
-
-
-def _cosine(step: int, steps: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
