@@ -74,8 +74,8 @@ class Rows:
 
     def read(self) -> tuple[list[str], np.ndarray]:
         """Texts and class indices."""
-        lines = Path(self.file).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        lines = Path(self.file).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
         texts = ["\n".join(row[c] for c in ("text", "text_pair") if c in row) for row in rows]
         return texts, np.array([row["label"] for row in rows])
 
@@ -168,18 +168,26 @@ class Recipe:
 
     def prepare(self, methods: list[str], data: Path) -> None:
         """Make those that are missing. They share one work directory, which goes at the end."""
-        missing = [m for m in methods if not (self.checkpoint(m) / "config.json").exists()]
+        missing = [method for method in methods if not self._is_prepared(method)]
         work = self.folder / f"{self.stem}.work"
         for method in missing:
             command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "classify"]
             command += [str(self.base), str(self.checkpoint(method))]
             command += ["--train", str(data / self.task.name / "train.jsonl")]
             command += ["--labels", self.task.labels, "--write", METHODS[method]]
-            command += ["--work-dir", str(work), "--keep-work"]
+            command += ["--work-dir", str(work), "--keep-work", "--ablation", "--overwrite"]
             command += ["--lora"] if self.lora else []
             command += ["--max-loss", str(self.most_loss(method))]
             subprocess.run(command, check=True)
         shutil.rmtree(work, ignore_errors=True)
+
+    def _is_prepared(self, method: str) -> bool:
+        """Whether the checkpoint is there, and what is asked for now."""
+        path = self.checkpoint(method) / "provenance.json"
+        if not path.exists():
+            return False
+        arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        return method == "final" or arguments["most_loss"] == self.most_loss(method)
 
     def has_exits(self, method: str) -> bool:
         """Whether the checkpoint, once it is there, has any."""

@@ -20,6 +20,12 @@ EXIT_SECONDS = 30
 """Time that the process gets to end by itself, once it has answered."""
 
 
+def require_vllm() -> None:
+    """Raise `UnsupportedError` without vLLM: before hours of work that end with it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UnsupportedError("this needs vLLM, which is not installed (extra `cpu` or `cuda`)")
+
+
 def run_with_engine(function: Callable[..., T], *arguments: Any) -> T:
     """Call a module-level function that makes a `vllm.LLM`, in a fresh process.
 
@@ -30,8 +36,7 @@ def run_with_engine(function: Callable[..., T], *arguments: Any) -> T:
     Raises:
         UnsupportedError: without vLLM, or when the function or its engine fails, with the reason.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise UnsupportedError("this needs vLLM, which is not installed (extra `cpu` or `cuda`)")
+    require_vllm()
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))

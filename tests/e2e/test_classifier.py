@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def test_classify_and_pooling_over_http(tmp_path):
         assert {row["layers"] for row in rows(exit=False)} == {12}
         assert {row["layers"] for row in rows(exit_bias=50)} == {3}
         assert {row["layers"] for row in rows(exit_bias=-50)} == {12}
+        # Each request's own options, however many arrive at once.
+        with ThreadPoolExecutor(16) as many:
+            biases = [50, -50] * 32
+            answers = many.map(lambda bias: rows(exit_bias=bias), biases)
+            for bias, answer in zip(biases, answers, strict=True):
+                assert {row["layers"] for row in answer} == {3 if bias > 0 else 12}
         for wrong in (
             {"input": texts, "exit_bias": "much"},
             {"input": texts, "exit": 3},
@@ -82,7 +89,7 @@ def test_classify_and_pooling_over_http(tmp_path):
         depth: float(shown[f'effplugin_classify_sequences_total{{depth="{depth}",{labels}}}'])
         for depth in (3, 6, 9, 12)
     }
-    assert sum(answered.values()) == 8 * len(texts)
+    assert sum(answered.values()) == (8 + 64) * len(texts)
     mean = sum(depth * count for depth, count in answered.items()) / sum(answered.values())
     assert float(shown[f"effplugin_classify_mean_depth{{{labels}}}"]) == pytest.approx(mean)
 
@@ -144,7 +151,7 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path):
     """One set of states, every method; each is what it says when vLLM serves it."""
     base = make_checkpoint(tmp_path / "base")
     add_tokenizer(base)
-    asked = request(tmp_path / "data")
+    asked = request(tmp_path / "data", ablation=True)
     work = tmp_path / "work"
     options = {"work_dir": work, "keep": True}
     outcome = run(base, tmp_path / "joint", asked, **options)
@@ -152,6 +159,15 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path):
     assert {report.method for report in outcome.reports} == {*outcome.chosen, "final"}
     assert all(report.same == 1 and report.requests_s for report in outcome.reports)
     before = {file: file.stat().st_mtime_ns for file in work.rglob("*.safetensors")}
+    plain = asked.model_copy(update={"ablation": False})
+    again = run(base, tmp_path / "again", plain, **options)
+    # Other heads from the same states; the same heads, for nothing else changed.
+    assert {file: file.stat().st_mtime_ns for file in before if "states" in file.name} == {
+        file: at for file, at in before.items() if "states" in file.name
+    }
+    assert [report.accuracy for report in again.reports] == [
+        report.accuracy for report in outcome.reports
+    ]
     run(base, tmp_path / "fixed", asked, write="fixed", **options)
     run(base, tmp_path / "final", asked, write="final", work_dir=work)
     assert not work.exists()
@@ -192,8 +208,11 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path):
     found = evaluate_classifier(
         tmp_path / "joint", data(tmp_path / "fresh.jsonl", 300, 9), Columns()
     )
-    assert found["accuracy"] == pytest.approx(accuracy(served(tmp_path / "joint", texts), fresh))
-    assert found["accuracy"] - found["difference"] == pytest.approx(accuracy(stock, fresh))
+    # In vLLM's own choice of precision; `served` is fp32, and a few texts are close calls.
+    early = accuracy(served(tmp_path / "joint", texts), fresh)
+    assert found["accuracy"] == pytest.approx(early, abs=0.01)
+    full = found["accuracy"] - found["difference"]
+    assert full == pytest.approx(accuracy(stock, fresh), abs=0.01)
     assert 2 <= found["mean_depth"] < 12
     assert found["speed_ratio"] > 0
     for method in ("joint", "fixed"):

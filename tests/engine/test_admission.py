@@ -24,6 +24,7 @@ from vllm_effplugin.errors import UnsupportedError
 PAIRS = {"layer_parallel": {"groups": [[2, 3], [4, 5]]}}
 EXITS = {"early_exit": {"exits": [{"depth": 4}]}}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+IDENTITY = "torch.nn.modules.linear.Identity"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 TRIPLES = {"layer_parallel": {"groups": [[2, 3, 4]]}}
 
@@ -129,11 +130,27 @@ def classifier(tmp_path_factory):
             {"pooler_config": {"task": "token_classify"}},
             "pooling task 'token_classify'.*whole sequences",
         ),
+        ("Llama", {"pooler_config": {"logit_sigma": 2.0}}, "logit_sigma.*calibrated"),
+        ("Llama", {"pooler_config": {"logit_mean": 0.5}}, "logit_mean.*calibrated"),
+        ("Llama", {"speculative_config": NGRAM}, "--speculative-config.*classifier"),
+        (
+            "Llama",
+            {"hf_overrides": {"problem_type": "multi_label_classification"}},
+            "softmax.*problem_type",
+        ),
+        ("Bert", {"hf_overrides": {"problem_type": "regression"}}, "softmax.*problem_type"),
+        (
+            "Bert",
+            {"hf_overrides": {"sbert_ce_default_activation_function": IDENTITY}},
+            "softmax.*activation function",
+        ),
+        ("Llama", {"hf_overrides": {"is_causal": False}}, "is_causal.*false"),
     ],
 )
 def test_refused_with_a_classifiers_exits(classifier, family, options, named):
+    overrides = {"vocab_size": 256, **options.pop("hf_overrides", {})}
     with pytest.raises(ValueError, match=f"(?s){named}"):
-        build(classifier(family), hf_overrides={"vocab_size": 256}, **options)
+        build(classifier(family), hf_overrides=overrides, **{"max_model_len": 256, **options})
 
 
 def test_a_section_of_another_kind_of_model_is_refused(tiny, classifier):

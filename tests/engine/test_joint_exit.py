@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +168,36 @@ def test_answers_do_not_depend_on_companions(classifier, tmp_path):
         shuffled = random.Random(1).sample(range(len(ids)), len(ids))
         again = classify(llm, [ids[i] for i in shuffled])
         compare(again, [together[i] for i in shuffled])
+
+
+def test_a_text_that_overflows_harms_no_other(classifier, tmp_path):
+    """Its answer is NaN, as the stock classifier's is."""
+    from safetensors.torch import load_file, save_file
+
+    base, ids = classifier("Llama"), prompts()
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][2] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    plain = reference(base, JOINT)
+    with serving(broken, tmp_path / "exits", JOINT) as llm:
+        found = classify(llm, [[5, 2, 9], *ids, [2]])
+        compare(found[1:-1], [plain(each) for each in ids])
+        assert all(math.isnan(p) for row, _ in (found[0], found[-1]) for p in row)
+        [counted] = llm.collective_rpc("loop_counters")
+        assert sum(counted["sequences"]) == len(found)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_compiled(classifier, tmp_path, family):
+    """As users run it; the other tests are eager."""
+    base, ids = classifier(family), prompts()
+    plain = reference(base, JOINT)
+    with serving(base, tmp_path / "exits", JOINT, enforce_eager=False) as llm:
+        compare(classify(llm, ids), [plain(each) for each in ids])
+        asked = exit_pooling_params(exit=False, exit_report=True)
+        compare(classify(llm, ids, asked), [plain(each, exit=False) for each in ids])
 
 
 def test_chunked_prefill(classifier, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vllm_effplugin.preparation.backbone import load_backbone, padded
 from vllm_effplugin.techniques.joint_exit.classifier import (
     classes_of,
     classifier_architecture,
+    has_softmax,
     own_head,
     write_classifier,
 )
@@ -110,6 +112,38 @@ def test_heads_that_are_there(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="calls itself a classifier and has no head"):
         own_head(tmp_path / "language", config)
+
+
+@pytest.mark.parametrize(
+    ("config", "softmax"),
+    [
+        ({}, True),
+        ({"problem_type": "single_label_classification"}, True),
+        ({"problem_type": "multi_label_classification"}, False),
+        ({"problem_type": "regression"}, False),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, False),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, False),
+        (
+            {"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"},
+            True,
+        ),
+    ],
+)
+def test_answers_that_are_a_softmax(config: dict[str, Any], softmax: bool) -> None:
+    """As vLLM itself has it."""
+    activations = pytest.importorskip("vllm.model_executor.layers.pooler.activations")
+    assert has_softmax(config) is softmax
+    theirs = activations.get_act_fn(BertConfig(**config), static_num_labels=False)
+    assert isinstance(theirs, activations.PoolerClassify) is softmax
+
+
+def test_weights_that_are_missing(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks layers\.3\.mlp\.up_proj\.weight"):
+        load_backbone(base, "LlamaForSequenceClassification", torch.float32)
 
 
 def test_a_family_that_is_not_supported() -> None:

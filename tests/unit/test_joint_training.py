@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -203,12 +205,24 @@ def point(layers: float, right: list[bool]) -> Candidate:
 def test_a_difference_is_paired() -> None:
     full = answers([True] * 90 + [False] * 10)
     same = answers([True] * 90 + [False] * 10)
-    assert difference(same, full) == (0, 0)
+    assert difference(same, full) == (0, pytest.approx(0.01))
     other = answers([False, *[True] * 99])
     gained, error = difference(other, full)
     assert gained == pytest.approx(0.09)
+    # 10 gained, 1 lost, and one more that might have been.
     changes = torch.tensor([-1.0, *[0.0] * 89, *[1.0] * 10])
-    assert error == pytest.approx(float(changes.std()) / 10)
+    assert error == pytest.approx(math.sqrt((12 / 100 - float(changes.mean()) ** 2) / 100))
+
+
+def test_few_sequences_prove_little() -> None:
+    """None of ten differs; that does not make it certain."""
+    same = answers([True] * 9 + [False])
+    gained, error = difference(same, same)
+    assert gained == 0
+    assert error == pytest.approx(0.1)
+    assert not loses_little(point(0.5, same.right.tolist()), same, 0.005)
+    many = answers([True] * 900 + [False] * 100)
+    assert loses_little(point(0.5, many.right.tolist()), many, 0.005)
 
 
 def test_those_that_surely_lose_little_are_measured() -> None:

@@ -41,6 +41,14 @@ def test_overconfidence_shows_and_a_temperature_cures_it() -> None:
     assert fit_temperature(honest, labels) == pytest.approx(1.0, rel=0.05)
 
 
+def test_a_few_without_an_error_are_not_certain() -> None:
+    p = np.array([[0.8 + 0.008 * i, 0.2 - 0.008 * i] for i in range(25)])
+    labels = np.zeros(25, dtype=int)
+    scaled = p ** (1 / fit_temperature(p, labels))
+    scaled /= scaled.sum(1, keepdims=True)
+    assert 1 / 54 < float(scaled[:, 1].mean()) < 2 / 27
+
+
 def test_conformal_threshold_by_hand() -> None:
     scores = np.array([0.9, 0.5, 0.7, 0.1])
     # ceil(5 * 0.6) = 3rd largest of four.

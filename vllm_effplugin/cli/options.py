@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -56,15 +56,22 @@ def parse_numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
         raise ConfigError(f"{option} {text!r} is not a list of numbers with commas") from None
 
 
-def in_options(error: Any, sections: tuple[str, ...]) -> ConfigError:
+def in_options(
+    error: Any, sections: tuple[str, ...], names: Mapping[str, str] | None = None
+) -> ConfigError:
     """A pydantic validation error of a request, in terms of options.
 
     Args:
         sections: fields of the request that no option is named after, whose own fields are.
+        names: of options that are not named after their field, by that, or by section and field.
     """
     problems = []
     for item in error.errors():
-        names = [str(part) for part in item["loc"] if part not in sections]
-        option = f"--{names[0].replace('_', '-')}: " if names else ""
+        fields = [str(part) for part in item["loc"] if isinstance(part, str)]
+        own = [field for field in fields if field not in sections][:1]
+        above = [field for field in fields if field in sections][-1:]
+        known = names or {}
+        name = known.get(".".join(above + own)) or known.get("".join(own)) or "".join(own)
+        option = f"--{name.replace('_', '-')}: " if name else ""
         problems.append(option + item["msg"].removeprefix("Value error, "))
-    return ConfigError("; ".join(problems))
+    return ConfigError("; ".join(dict.fromkeys(problems)))

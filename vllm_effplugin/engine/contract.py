@@ -305,6 +305,7 @@ CONTRACT: tuple[Interface, ...] = (
             "num_computed_tokens_np",
             "num_scheduled_tokens",
             "is_prefilling_np",
+            "prefill_len_np",
         ),
     ),
     Interface("vllm.v1.core.sched.output", "NewRequestData", "the rows of runner V2", ("req_id",)),
@@ -433,15 +434,37 @@ CONTRACT: tuple[Interface, ...] = (
         ("poolers_by_task",),
     ),
     Interface(
-        "vllm.v1.worker.gpu.model_states.encoder_only",
-        "EncoderOnlyModelState.prepare_attn",
-        "the rows of runner V2",
-        ("input_batch",),
+        f"{_LAYERS}.pooler.activations",
+        "get_act_fn",
+        "refusing classifiers without softmax",
+        ("config", "static_num_labels"),
+    ),
+    Interface(
+        f"{_LAYERS}.pooler.activations", "PoolerClassify", "refusing classifiers without softmax"
+    ),
+    *(
+        Interface(
+            "vllm.v1.worker.gpu.model_states.encoder_only",
+            f"EncoderOnlyModelState.{method}",
+            "the rows of runner V2",
+            names,
+        )
+        for method, names in (
+            ("prepare_attn", ("input_batch",)),
+            ("preprocess_state", ("input_batch",)),
+            ("add_request", ("req_index", "new_req_data")),
+            ("remove_request", ("req_id",)),
+        )
     ),
     Interface("vllm.v1.pool.metadata", "PoolingMetadata", "reports", ("pooling_params",)),
-    Interface("vllm", "PoolingParams", "what a request asks for", ("extra_kwargs", "task")),
-    Interface(
-        "vllm.pooling_params", "PoolingParams", "what a request asks for", ("extra_kwargs", "task")
+    *(
+        Interface(
+            module,
+            "PoolingParams",
+            "what a request asks for",
+            ("extra_kwargs", "task", "use_activation"),
+        )
+        for module in ("vllm", "vllm.pooling_params")
     ),
     Interface("vllm.renderers", "BaseRenderer", "requests with options"),
     Interface("vllm", "PoolingRequestOutput", "answers with options", ("outputs",)),

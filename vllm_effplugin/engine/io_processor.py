@@ -6,8 +6,8 @@ a model's own is an IO processor, which `/pooling` calls when a request has `dat
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,9 +50,10 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
         assert joint_exit is not None
         self._exits = joint_exit
         self._depths = [*joint_exit.depths, hf_config.num_hidden_layers]
-        self._labels: dict[int, str] = hf_config.id2label
-        # vLLM asks for a request's prompts and then, in the same call, for its parameters.
-        self._asked = threading.local()
+        # Overrides of the configuration leave the keys as JSON has them.
+        self._labels = {int(place): name for place, name in hf_config.id2label.items()}
+        # vLLM asks for a request's prompts and then, in the same task, for its parameters.
+        self._asked: ContextVar[ClassifyData] = ContextVar("asked")
 
     def parse_data(self, data: object) -> ClassifyData:
         """Validate; what is wrong gets HTTP 400."""
@@ -68,12 +69,12 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
         self, prompt: ClassifyData, request_id: str | None = None, **kwargs: Any
     ) -> Sequence[str]:
         """The texts."""
-        self._asked.now = prompt
+        self._asked.set(prompt)
         return [prompt.input] if isinstance(prompt.input, str) else prompt.input
 
     def merge_pooling_params(self, params: PoolingParams | None = None) -> PoolingParams:
         """What the request whose texts were just given asks of the exits."""
-        asked: ClassifyData = self._asked.now
+        asked = self._asked.get()
         merged = params or PoolingParams()
         wishes = exit_pooling_params(exit=asked.exit, exit_bias=asked.exit_bias, exit_report=True)
         merged.extra_kwargs = wishes.extra_kwargs

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.pooler.activations import PoolerClassify, get_act_fn
 from vllm.platforms import current_platform
 
 from vllm_effplugin.config import CLASSIFIERS
@@ -159,6 +160,26 @@ def with_sequence_exits(vllm_config: VllmConfig) -> None:
         raise UnsupportedError(
             f"pooling task {pooler.task!r} (--pooler-config) is not supported with exits, whose "
             f"heads classify whole sequences: leave it out, or {way_out}"
+        )
+    for setting in ("logit_mean", "logit_sigma"):
+        if pooler is not None and getattr(pooler, setting) is not None:
+            raise UnsupportedError(
+                f"{setting} (--pooler-config) is not supported with exits, which are calibrated "
+                f"without it: leave it out, or {way_out}"
+            )
+    if not isinstance(get_act_fn(model.hf_config, static_num_labels=False), PoolerClassify):
+        raise UnsupportedError(
+            "exits of a classifier need a softmax over its classes, and `problem_type` or the "
+            f"activation function in its config.json says otherwise: change that, or {way_out}"
+        )
+    if reads == "LAST" and getattr(model.hf_config, "is_causal", True) is False:
+        raise UnsupportedError(
+            "`is_causal`: false is not supported with exits of a decoder, which are trained on "
+            f"causal attention: leave it out, or {way_out}"
+        )
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedError(
+            f"--speculative-config is not supported with a classifier: leave it off, or {way_out}"
         )
     if model.hf_config.num_labels < 2:
         raise UnsupportedError(

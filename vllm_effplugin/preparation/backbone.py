@@ -9,6 +9,7 @@ Shapes: `B` sequences, `S` positions, `d` hidden size.
 from __future__ import annotations
 
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_effplugin.errors import CheckpointError
 from vllm_effplugin.preparation.decoder import Decoder
+
+logger = logging.getLogger(__name__)
 
 
 class Backbone(ABC):
@@ -89,6 +93,9 @@ def load_backbone(model: Path, architecture: str, dtype: torch.dtype) -> Backbon
 
     Args:
         architecture: of the classifier that it is or becomes, as stock vLLM knows it.
+
+    Raises:
+        CheckpointError: weights are missing, other than BERT's pooler.
     """
     from transformers import AutoModel
     from transformers.utils import logging
@@ -99,9 +106,14 @@ def load_backbone(model: Path, architecture: str, dtype: torch.dtype) -> Backbon
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # a pooler that a checkpoint lacks is the same every time
-            loaded = AutoModel.from_pretrained(model, dtype=dtype)
+            loaded, report = AutoModel.from_pretrained(model, dtype=dtype, output_loading_info=True)
     finally:
         logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    if any("pooler" not in name for name in missing):
+        raise CheckpointError(f"{model} lacks {', '.join(missing)}")
+    if missing:
+        logger.warning("%s has no pooler: a random one takes its place", model)
     return kind(loaded.eval().requires_grad_(False))
 
 

@@ -23,7 +23,7 @@ from vllm_effplugin.preparation.workdir import WorkDirectory
 
 logger = logging.getLogger(__name__)
 
-WORK_LAYOUT = 2
+WORK_LAYOUT = 3
 """Of the files in a work directory; one of another layout is not resumed."""
 
 
@@ -89,7 +89,12 @@ def load_model(model: Path, dtype: torch.dtype | str = torch.float32) -> Any:
 
 def fingerprint(model: Path, text: Path | None, request: dict[str, Any]) -> dict[str, Any]:
     """What a work directory's content depends on: arguments, model and text."""
-    files = [*sorted(model.glob("*.safetensors")), model / "config.json"]
+    files = [
+        *sorted(model.glob("*.safetensors")),
+        model / "config.json",
+        *sorted(model.glob("tokenizer*")),
+        *sorted(model.glob("vocab*")),
+    ]
     stats = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
     digest = None
     if text is not None and text.is_file():

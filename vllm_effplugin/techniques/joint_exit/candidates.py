@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,7 +126,7 @@ class Candidate:
         )
 
     def only_used(self) -> Candidate:
-        """The same without exits at which nothing ever leaves."""
+        """The same without exits whose threshold nothing reaches; gates need one another."""
         kept = [i for i, point in enumerate(self.config.exits) if point.threshold < NEVER]
         if self.config.rule == "joint" or len(kept) == len(self.config.exits):
             return self
@@ -240,9 +239,16 @@ def _candidate(
 
 
 def difference(one: Answers, other: Answers) -> tuple[float, float]:
-    """Accuracy of one less the other's, on the same sequences, and its standard error."""
-    paired = one.right.numpy().astype(float) - other.right.numpy().astype(float)
-    return float(paired.mean()), float(paired.std(ddof=1) / np.sqrt(len(paired)))
+    """Accuracy of one less the other's, on the same sequences, and its standard error.
+
+    The error counts one sequence more as different than there are: with none it would be 0, however
+    few the sequences.
+    """
+    gained = (one.right & ~other.right).sum().item()
+    lost = (other.right & ~one.right).sum().item()
+    count = len(one.right)
+    mean = (gained - lost) / count
+    return mean, math.sqrt(max((gained + lost + 1) / count - mean**2, 0.0) / count)
 
 
 def frontier(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -255,9 +261,9 @@ def frontier(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def loses_little(candidate: Candidate, full: Answers, most_loss: float) -> bool:
-    """Whether a loss of accuracy is small enough.
+    """Whether a loss of accuracy is small enough, a standard error added to it.
 
-    Careful by one standard error: the best of many on the same sequences looks better than it is.
+    The best of many on the same sequences looks better than it is.
 
     Args:
         most_loss: of accuracy, against the full model.

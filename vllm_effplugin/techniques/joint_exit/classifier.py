@@ -75,6 +75,17 @@ def own_head(model: Path, config: dict[str, Any]) -> tuple[Tensor, Tensor | None
     raise CheckpointError(f"{model} calls itself a classifier and has no head")
 
 
+def has_softmax(config: dict[str, Any]) -> bool:
+    """Whether a classifier's answers are a softmax over its classes, as vLLM serves it."""
+    kind = config.get("problem_type")
+    if kind is not None:
+        return bool(kind == "single_label_classification")
+    function = (config.get("sentence_transformers") or {}).get("activation_fn")
+    function = function or config.get("sbert_ce_default_activation_function")
+    # vLLM takes a sigmoid over several classes for a softmax.
+    return function is None or function.rpartition(".")[2] in ("Sigmoid", "Softmax")
+
+
 def classes_of(config: dict[str, Any]) -> tuple[str, ...]:
     """Names of a classifier's classes; Transformers leaves out the names of two unnamed ones."""
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}

@@ -20,6 +20,17 @@ from vllm_effplugin.cli.options import (
 )
 from vllm_effplugin.config.checkpoint import require_output
 
+OPTION_NAMES = {
+    "most_loss": "max-loss",
+    "trade_offs": "sweep",
+    "tune.epochs": "lora-epochs",
+    "tune.learning_rate": "lora-rate",
+    "columns.text": "text-column",
+    "columns.text_pair": "pair-column",
+    "columns.label": "label-column",
+}
+"""Of fields of the request that options are not named after."""
+
 
 class Written(StrEnum):
     """What the checkpoint classifies with."""
@@ -74,6 +85,10 @@ def classify(
     max_loss: Annotated[
         float, typer.Option(help="Of accuracy against the full model, for a gain of speed.")
     ] = 0.005,
+    ablation: Annotated[
+        bool,
+        typer.Option("--ablation", help="Also train as the released code does, and compare."),
+    ] = False,
     write: Annotated[
         Written,
         typer.Option(
@@ -145,6 +160,7 @@ def classify(
                 "tune": tune,
                 "train": {"epochs": epochs, "seed": seed},
                 "trade_offs": trade_offs,
+                "ablation": ablation,
                 "most_loss": max_loss,
                 "coverage": parse_numbers("--coverage", coverage, float),
                 "measured_rows": measured_rows,
@@ -152,7 +168,9 @@ def classify(
             }
         )
     except ValidationError as error:
-        raise in_options(error, sections=("data", "tune", "train", "columns")) from None
+        raise in_options(
+            error, sections=("data", "tune", "train", "columns"), names=OPTION_NAMES
+        ) from None
     run(
         model,
         out,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from vllm_effplugin.errors import ConfigError, UnsupportedError
 
+logger = logging.getLogger(__name__)
+
 PAIR_TEMPLATE = "{text}\n{text_pair}"
+UNLABELLED = "-1"
+"""What data sets write where a row has no label."""
 
 
 class Columns(BaseModel):
@@ -47,6 +52,14 @@ class DataSettings(BaseModel):
     max_length: int = Field(512, ge=1, description="Tokens at which a text is cut off.")
     seed: int = 0
 
+    @field_validator("template")
+    @classmethod
+    def _has_places(cls, template: str | None) -> str | None:
+        places = set(re.findall(r"\{(\w*)\}", template or "{text}"))
+        if not places or places - {"text", "text_pair"}:
+            raise ValueError("needs {text} or {text_pair}, and has no other {name}")
+        return template
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -76,21 +89,22 @@ def read_data(settings: DataSettings, classes: Sequence[str] | None = None) -> D
     """Read what the settings name.
 
     Args:
-        classes: names that the model has already; they win over those of the data.
+        classes: names that the model has already; they win over those of the data, and a label
+            that is a number counts in their order, or in that of `--labels` where it is given.
 
     Raises:
         ConfigError: a source that cannot be read, or rows that lack a field or have another label.
         UnsupportedError: a hub's name without the package `datasets`.
     """
-    train = read_rows(settings.train, "--train", settings.columns)
-    dev = None if settings.dev is None else read_rows(settings.dev, "--dev", settings.columns)
+    train = read_rows(settings.train, "--train", settings)
+    dev = None if settings.dev is None else read_rows(settings.dev, "--dev", settings)
     if classes and settings.labels and set(settings.labels) != set(classes):
         raise ConfigError(
             f"--labels {','.join(settings.labels)}: the model's classes are {','.join(classes)}"
         )
     known = tuple(classes) if classes else settings.labels
     if known is None:
-        known = _classes(train, settings.columns.label)
+        known = _classes(train, settings.columns.label, f"--train {settings.train}")
     if len(known) < 2:
         raise ConfigError(f"--labels: at least two classes are needed, got {len(known)}")
     labelled = examples(train, settings, known, "--train")
@@ -100,27 +114,55 @@ def read_data(settings: DataSettings, classes: Sequence[str] | None = None) -> D
     held_out = int(len(labelled) * settings.dev_share)
     if held_out == 0:
         raise ConfigError(f"--train has {len(labelled)} rows, too few to hold some out: give --dev")
-    return Data(labelled.at(order[held_out:]), labelled.at(order[:held_out]), known)
+    return Data(
+        labelled.at(order[held_out:]), _others(labelled, order[:held_out], order[held_out:]), known
+    )
 
 
-def read_rows(source: str, option: str, columns: Columns) -> list[dict[str, Any]]:
-    """The rows of a file, or of a hub's data set.
+def _others(all_rows: Examples, held_out: Tensor, train: Tensor) -> Examples:
+    """The held-out rows whose text is not among the training rows as well."""
+    seen = {all_rows.texts[row] for row in train.tolist()}
+    kept = [row for row in held_out.tolist() if all_rows.texts[row] not in seen]
+    if not kept:
+        raise ConfigError("every held-out row's text is among the training rows: give --dev")
+    return all_rows.at(torch.tensor(kept))
+
+
+def read_rows(source: str, option: str, settings: DataSettings) -> list[dict[str, Any]]:
+    """The rows of a file, or of a hub's data set; those that say that they have no label are out.
+
+    Args:
+        settings: names of columns and classes.
 
     Raises:
         ConfigError: when it cannot be read.
         UnsupportedError: a hub's name without the package `datasets`.
     """
+    rows = _rows(source, option, settings)
+    if UNLABELLED in (settings.labels or ()):
+        return rows
+    labelled = [row for row in rows if str(row.get(settings.columns.label)) != UNLABELLED]
+    if len(labelled) < len(rows):
+        logger.warning(
+            "%s: %d rows with label -1 (unlabelled) are left out; name it in --labels if it is one",
+            option,
+            len(rows) - len(labelled),
+        )
+    return labelled
+
+
+def _rows(source: str, option: str, settings: DataSettings) -> list[dict[str, Any]]:
     path = Path(source)
     try:
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
             return [
                 _json_object(line, f"{option} {source}, line {number}")
                 for number, line in enumerate(lines, start=1)
                 if line.strip()
             ]
         if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{option} {source} cannot be read: {error}") from None
@@ -130,7 +172,7 @@ def read_rows(source: str, option: str, columns: Columns) -> list[dict[str, Any]
             f"{option} {source}: neither a .jsonl or .csv file nor a data set's "
             "OWNER/NAME[/CONFIG]@SPLIT"
         )
-    return _hub_rows(name, split, option, columns.label)
+    return _hub_rows(name, split, option, settings)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
@@ -143,7 +185,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _hub_rows(name: str, split: str, option: str, label: str) -> list[dict[str, Any]]:
+def _hub_rows(name: str, split: str, option: str, settings: DataSettings) -> list[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
@@ -155,9 +197,11 @@ def _hub_rows(name: str, split: str, option: str, label: str) -> list[dict[str, 
         found = datasets.load_dataset(path, config, split=split)
     except Exception as error:  # whatever the hub or a loader fails with
         raise ConfigError(f"{option} {name}@{split} cannot be loaded: {error}") from None
+    label = settings.columns.label
     names = getattr(found.features.get(label), "names", None)
     rows = [dict(row) for row in found]
-    if names:
+    # Other names for the same numbers are the user's choice.
+    if names and set(settings.labels or names) == set(names):
         rows = [{**row, label: _named(row.get(label), names)} for row in rows]
     return rows
 
@@ -167,12 +211,18 @@ def _named(label: Any, names: Sequence[str]) -> Any:
     return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
-def _classes(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[str, ...]:
-    """Names for the labels that occur: `LABEL_i` for numbers, as Transformers has it."""
-    found = {str(row[column]) for row in rows if row.get(column) is not None}
-    if all(name.isdecimal() for name in found):
-        return tuple(f"LABEL_{i}" for i in range(max(int(name) for name in found) + 1))
-    return tuple(sorted(found))
+def _classes(rows: Sequence[Mapping[str, Any]], column: str, source: str) -> tuple[str, ...]:
+    """Names for the labels that occur: `LABEL_i` for 0, 1, ..., as Transformers has it."""
+    found = {str(row[column]) for row in rows if row.get(column) not in (None, "")}
+    if not found:
+        there = ", ".join(map(repr, rows[0])) if rows else "none"
+        raise ConfigError(f"{source}: no labels in column {column!r}; columns are {there}")
+    if not all(name.isdecimal() for name in found):
+        return tuple(sorted(found))
+    numbers = sorted(int(name) for name in found)
+    if numbers == list(range(len(numbers))):
+        return tuple(f"LABEL_{i}" for i in numbers)
+    return tuple(str(number) for number in numbers)
 
 
 def examples(
@@ -185,19 +235,23 @@ def examples(
         option: that named the rows, for messages.
 
     Raises:
-        ConfigError: a row that lacks a field, or has another label.
+        ConfigError: a row that lacks a field, has an empty text, or another label.
     """
     texts: list[str] = []
     labels: list[int] = []
     place = {name: index for index, name in enumerate(classes)}
+    if not any(name.isdecimal() for name in classes):
+        # Numbers count in the order that the user knows, names where they lie in the model.
+        place |= {str(i): place[name] for i, name in enumerate(settings.labels or classes)}
     for number, row in enumerate(rows, start=1):
         where = f"{option}, row {number}"
-        texts.append(_text(row, settings, where))
+        text = _text(row, settings, where)
+        if not text:
+            raise ConfigError(f"{where}: an empty text")
+        texts.append(text)
         label = row.get(settings.columns.label)
         if str(label) in place:
             labels.append(place[str(label)])
-        elif str(label).isdecimal() and int(str(label)) < len(classes):
-            labels.append(int(str(label)))
         else:
             raise ConfigError(f"{where}: label {label!r} is none of {', '.join(classes)}")
     if not texts:
@@ -225,7 +279,7 @@ def tokenized(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[lis
     found: list[list[int]] = tokenizer(
         list(texts), truncation=True, max_length=max_length, verbose=False
     )["input_ids"]
-    for number, ids in enumerate(found, start=1):
+    for text, ids in zip(texts, found, strict=True):
         if not ids:
-            raise ConfigError(f"row {number}: an empty text")
+            raise ConfigError(f"the text {text!r} has no tokens")
     return found

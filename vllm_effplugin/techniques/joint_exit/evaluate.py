@@ -49,7 +49,7 @@ def evaluate_classifier(checkpoint: Path, source: str, columns: Columns) -> dict
     """
     config = read_model_config(checkpoint)
     settings = _prepared_with(checkpoint, source).model_copy(update={"columns": columns})
-    rows = read_rows(source, "--data", columns)
+    rows = read_rows(source, "--data", settings)
     labelled = examples(rows, settings, classes_of(config), "--data")
     length = min(settings.max_length, config.get("max_position_embeddings") or settings.max_length)
     sequences = tokenized(load_tokenizer(checkpoint), labelled.texts, length)

@@ -263,7 +263,8 @@ class SequenceExitLoop(TrunkLoop):
         if outcome.logits is not None:
             away = self._on_device(left)[:, None]
             logits = torch.where(away, outcome.logits.to(logits.dtype), logits)
-        confidence = logits.float().softmax(-1).amax(-1).cpu().numpy()
+        # A row that overflowed is its request's trouble; sums of others stay right.
+        confidence = logits.float().softmax(-1).amax(-1).nan_to_num(0.0).cpu().numpy()
         for exit in range(STAYS, len(self.config.exits)):
             here = outcome.completes & (outcome.exits == exit)
             place = exit % (len(self.config.exits) + 1)  # the full model's is the last

@@ -24,6 +24,7 @@ class Speed(BaseModel):
     Attributes:
         requests_s: sequences per second, the median of the rounds.
         ratio: of that to the full model's, the median of the rounds' ratios.
+        lowest: of those ratios.
         classes: the most likely class of each sequence.
     """
 
@@ -31,6 +32,7 @@ class Speed(BaseModel):
 
     requests_s: float
     ratio: float
+    lowest: float
     classes: list[int]
 
 
@@ -64,15 +66,15 @@ def measure(
                 if round >= 0:
                     seconds[place].append(taken)
                 bar.update()
+    ratios = [[full / one for full, one in zip(seconds[0], own, strict=True)] for own in seconds]
     return [
         {
             "requests_s": len(prompts) / statistics.median(own),
-            "ratio": statistics.median(
-                full / one for full, one in zip(seconds[0], own, strict=True)
-            ),
+            "ratio": statistics.median(each),
+            "lowest": min(each),
             "classes": found,
         }
-        for own, found in zip(seconds, classes, strict=True)
+        for own, each, found in zip(seconds, ratios, classes, strict=True)
     ]
 
 

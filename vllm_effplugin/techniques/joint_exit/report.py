@@ -111,7 +111,7 @@ def methods_table(title: str, reports: Sequence[MethodReport], chosen: str | Non
     table = Table(title=title, box=SIMPLE_HEAD)
     for name in ("method", "operating point"):
         table.add_column(name, no_wrap=True)
-    for name in ("accuracy", "against full", "layers", "ECE", "req/s", "ratio"):
+    for name in ("accuracy", "against full", "layers", "ECE", "req/s", "ratio", "same"):
         table.add_column(name, justify="right", no_wrap=True)
     for report in reports:
         table.add_row(
@@ -123,6 +123,7 @@ def methods_table(title: str, reports: Sequence[MethodReport], chosen: str | Non
             f"{report.ece:.4f}",
             "" if report.requests_s is None else f"{report.requests_s:.1f}",
             "" if report.ratio is None else f"{report.ratio:.2f}",
+            "" if report.same is None else f"{report.same:.3f}",
             style="bold" if report.name == chosen else None,
         )
     return table

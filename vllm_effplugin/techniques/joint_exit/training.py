@@ -5,9 +5,10 @@ minimise `E sum_l P_l CE_l`. `IC_l` is the share of the model that has run at ex
 model's head learns in the warm-up only: without exits, a checkpoint answers as the stock
 classifier, whatever its trade-off.
 
-Heads are trained on standardised states, which makes one learning rate fit every depth and model,
-and folded back. Shapes: `E` exits, `N` sequences, `d` hidden size, `C` classes; index `E` is the
-full model's head.
+Heads are trained on standardised states of one length, which makes one learning rate fit every
+depth and width, and folded back.
+
+Shapes: `E` exits, `N` sequences, `d` hidden size, `C` classes; index `E` is the full model's head.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ MOST_POSITIVE_WEIGHT = 5.0
 
 FEWEST_PHASES = 8
 """However few the batches are, so that heads see what gates have learnt."""
+
+REFERENCE_WIDTH = 576
+"""Hidden size for which the learning rates are meant."""
 
 _TINY = 1e-9
 """Below it, nobody leaves where there is anything to learn."""
@@ -158,8 +162,11 @@ class JointTrainer:
         self._has_bias = torch.ones(len(states), 1, device=states.device)
         if not final_bias and final is None:
             self._mean[-1], self._has_bias[-1] = 0.0, 0.0
-        self._scale = stacked.std(1, keepdim=True).clamp_min(1e-4)
-        self._states = (stacked - self._mean) / self._scale
+        centred = stacked - self._mean
+        # A step of gradient descent moves a logit by the squared length of the states.
+        longer = math.sqrt(stacked.shape[-1] / REFERENCE_WIDTH)
+        self._scale = longer * centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-4)
+        self._states = centred / self._scale
         self._fixed: tuple[Tensor, Tensor] | None = None
         if final is not None:
             weight, bias = final
