@@ -23,6 +23,8 @@ from vllm_effplugin.techniques.joint_exit.candidates import (
 )
 from vllm_effplugin.techniques.joint_exit.config import HEADS
 from vllm_effplugin.techniques.joint_exit.distribution import exits_taken
+from vllm_effplugin.techniques.joint_exit.measure import Speed
+from vllm_effplugin.techniques.joint_exit.prepare import choose
 from vllm_effplugin.techniques.joint_exit.training import Joint, JointTrainer, TrainSettings
 
 DEPTHS, LAYERS = (4, 8), 12
@@ -212,6 +214,21 @@ def test_a_difference_is_paired() -> None:
     # 10 gained, 1 lost, and one more that might have been.
     changes = torch.tensor([-1.0, *[0.0] * 89, *[1.0] * 10])
     assert error == pytest.approx(math.sqrt((12 / 100 - float(changes.mean()) ** 2) / 100))
+
+
+def test_the_fastest_that_loses_little_is_taken() -> None:
+    full = answers([True] * 900 + [False] * 100)
+    lossy = point(0.3, [True] * 800 + [False] * 200)
+    good, better = (point(layers, [True] * 900 + [False] * 100) for layers in (0.5, 0.6))
+
+    def taken(*found: tuple[Candidate, float, float]) -> Candidate | None:
+        speeds = [Speed(requests_s=1, ratio=r, lowest=low, classes=[]) for _, r, low in found]
+        return choose([each for each, _, _ in found], speeds, full, 0.005).get("joint")
+
+    assert taken((lossy, 3.0, 2.9), (good, 1.5, 1.4), (better, 1.6, 1.5)) is better
+    assert taken((lossy, 3.0, 2.9)) is None
+    assert taken((good, 1.02, 1.01)) is None, "within the noise"
+    assert taken((good, 1.5, 0.9), (better, 1.2, 1.1)) is better, "slower in one round"
 
 
 def test_few_sequences_prove_little() -> None:

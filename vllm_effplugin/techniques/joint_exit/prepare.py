@@ -198,7 +198,7 @@ def prepare(
         method_report(candidate, full, labels, speed, rows)
         for candidate, speed in zip([None, *shown], speeds, strict=True)
     ]
-    chosen = _chosen(shown, speeds[1:], full, request.most_loss)
+    chosen = choose(shown, speeds[1:], full, request.most_loss)
     ablation = [
         method_report(candidate, full, labels, None, 0)
         for trade_off in undetached
@@ -471,12 +471,16 @@ def _classifier(
     return folder
 
 
-def _chosen(
+def choose(
     shown: Sequence[Candidate], speeds: Sequence[Speed], full: Answers, most_loss: float
 ) -> dict[str, Candidate]:
     """Of each method the fastest as measured that loses little; none where that is no gain.
 
-    Of two that are as fast as each other, give or take the noise of three rounds, either may win.
+    Args:
+        shown: what was measured.
+        speeds: of each.
+        full: the full model's answers on the held-out sequences.
+        most_loss: of accuracy.
     """
     found: dict[str, Candidate] = {}
     fastest: dict[str, float] = {}
