@@ -158,11 +158,11 @@ class Recipe:
     def most_loss(self, method: str) -> float:
         """Of accuracy, on rows held out of the training set.
 
-        Those of SST-2 are shorter and harder than `valid`'s, and one standard error counts as lost,
-        so that 0.005 there is less than 0.005 here. One depth for all loses more than gates do; it
-        is shown nevertheless.
+        One standard error counts as lost, so that little is left of 0.005 on SST-2's 3,000 rows. On
+        the other tasks' few hundred a standard error is a point, and nothing would pass. One depth
+        for all loses more than gates do; it is shown nevertheless.
         """
-        if method == "fixed":
+        if method == "fixed" or self.task.name != "sst2":
             return 0.02
         return 0.0075 if self.lora else 0.005
 
@@ -178,6 +178,8 @@ class Recipe:
             command += ["--work-dir", str(work), "--keep-work", "--ablation", "--overwrite"]
             command += ["--lora"] if self.lora else []
             command += ["--max-loss", str(self.most_loss(method))]
+            if self.task.name != "sst2":  # longer texts, and fewer of them
+                command += ["--measured-rows", "128"]
             subprocess.run(command, check=True)
         shutil.rmtree(work, ignore_errors=True)
 

@@ -499,12 +499,14 @@ def _speeds(
     request: ClassifyRequest,
     work: WorkDirectory,
 ) -> list[Speed]:
-    """Speeds of the full model and of each operating point."""
-    measured = [f"{len(sequences)} texts", *(f"{each.method} {each.name}" for each in shown)]
-    kept = work.result("speeds", _Speeds)
-    if kept is not None and kept.measured == measured:
-        return kept.speeds
-    logger.warning("measuring %d operating points in vLLM", len(shown) + 1)
+    """Speeds of the full model and of each operating point; only new ones are measured."""
+    stage = f"{len(sequences)} texts, {_heads_stage(request)}"
+    known = work.result("speeds", _Speeds) or _Speeds(speeds={})
+    names = [stage, *(f"{stage}, {each.method} {each.name}" for each in shown)]
+    new = [each for name, each in zip(names[1:], shown, strict=True) if name not in known.speeds]
+    if not new:
+        return [known.speeds[name] for name in names]
+    logger.warning("measuring %d operating points in vLLM", len(new) + 1)
     folder = work.folder / "candidate"
     first = next(each for each in shown if each.config.rule == "joint")
     write_checkpoint(
@@ -516,21 +518,23 @@ def _speeds(
         overwrite=True,
     )
     arguments = []
-    for place, candidate in enumerate(shown):
+    for place, candidate in enumerate(new):
         path = work.folder / f"candidate-{place}.safetensors"
         save_file(candidate.tensors(), path)
         arguments.append((candidate.config.model_dump_json(), str(path)))
     answers = run_with_engine(measure, str(folder), sequences, arguments, request.data.max_length)
-    result = _Speeds(measured=measured, speeds=[Speed.model_validate(each) for each in answers])
-    work.save_result("speeds", result)
-    return result.speeds
+    measured = [stage, *(f"{stage}, {each.method} {each.name}" for each in new)]
+    found = {
+        name: Speed.model_validate(answer) for name, answer in zip(measured, answers, strict=True)
+    }
+    work.save_result("speeds", _Speeds(speeds={**known.speeds, **found}))
+    return [{**known.speeds, **found}[name] for name in names]
 
 
 class _Speeds(BaseModel):
-    """What was measured, and what that gave."""
+    """What was measured, by name of heads and operating point."""
 
-    measured: list[str]
-    speeds: list[Speed]
+    speeds: dict[str, Speed]
 
 
 def _conformal(
