@@ -87,7 +87,7 @@ def classify(
     ] = 0.005,
     ablation: Annotated[
         bool,
-        typer.Option("--ablation", help="Also train as the released code does, and compare."),
+        typer.Option("--ablation", help="Also train as the released code does; choose among both."),
     ] = False,
     write: Annotated[
         Written,

@@ -93,6 +93,10 @@ SAME = 0.98
 """Share of the sequences for which vLLM is expected to give the class that was replayed."""
 
 
+UNDETACHED = ", r not detached"
+"""What names of operating points say of heads whose loss is plain cross-entropy."""
+
+
 class ClassifyRequest(BaseModel):
     """Everything that decides what comes out, but for which method is written."""
 
@@ -103,7 +107,9 @@ class ClassifyRequest(BaseModel):
     tune: FineTuneSettings | None = Field(None, description="Fine-tune the backbone first.")
     train: TrainSettings = Field(default_factory=TrainSettings)
     trade_offs: tuple[Annotated[float, Field(ge=0)], ...] = Field(SWEEP, min_length=1)
-    ablation: bool = Field(False, description="Also train with `r` not detached, and compare.")
+    ablation: bool = Field(
+        False, description="Also train with `r` not detached, compare, and choose among both."
+    )
     most_loss: float = Field(0.005, ge=0, lt=1, description="Of accuracy, for a gain of speed.")
     coverage: tuple[Share, ...] = Field((0.9, 0.95), description="Of prediction sets.")
     measured_rows: int = Field(512, ge=1, description="Held-out texts classified for speed.")
@@ -179,8 +185,11 @@ def prepare(
     found = {
         "joint": [
             candidate
-            for trade_off, heads in joint.items()
-            for candidate in points.joint_candidates(heads, trade_off, depths, num_layers, held)
+            for trained, suffix in ((joint, ""), (undetached, UNDETACHED))
+            for trade_off, heads in trained.items()
+            for candidate in points.joint_candidates(
+                heads, trade_off, depths, num_layers, held, suffix=suffix
+            )
         ],
         "threshold": list(points.threshold_candidates(alone, depths, num_layers, held)),
         "fixed": list(points.fixed_candidates(alone, depths, num_layers, held)),
@@ -202,7 +211,7 @@ def prepare(
     ablation = [
         method_report(candidate, full, labels, None, 0)
         for trade_off in undetached
-        for heads, suffix in ((joint, ""), (undetached, ", r not detached"))
+        for heads, suffix in ((joint, ""), (undetached, UNDETACHED))
         for candidate in points.joint_candidates(
             heads[trade_off], trade_off, depths, num_layers, held, (0.0,), suffix
         )
@@ -397,7 +406,7 @@ def _trained(
 ) -> tuple[Joint, dict[float, Joint], dict[float, Joint]]:
     """Heads that learnt alone; with gates, per trade-off; and the same with `r` not detached.
 
-    The last are for comparison only, and empty where it is not asked for.
+    The last are empty where they are not asked for.
     """
     stage = _heads_stage(request)
     stored = work.tensors(stage)
