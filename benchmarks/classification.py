@@ -164,7 +164,7 @@ class Recipe:
         """
         if method == "fixed" or self.task.name != "sst2":
             return 0.02
-        return 0.0075 if self.lora else 0.005
+        return 0.005
 
     def prepare(self, methods: list[str], data: Path) -> None:
         """Make those that are missing. They share one work directory, which goes at the end."""
