@@ -202,11 +202,11 @@ def prepare(
     ]
     rows = min(request.measured_rows, len(sequences["dev"]))
     speeds = _speeds(stock, shown, sequences["dev"][:rows], request, work)
-    _warn_of_surprises(full, labels, speeds[0], rows)
     reports = [
         method_report(candidate, full, labels, speed, rows)
         for candidate, speed in zip([None, *shown], speeds, strict=True)
     ]
+    _warn_of_surprises(reports[0], labels)
     chosen = choose(shown, speeds[1:], full, request.most_loss)
     ablation = [
         method_report(candidate, full, labels, None, 0)
@@ -267,7 +267,7 @@ def prepare(
 def _check_model(model: Path, config: dict[str, Any], request: ClassifyRequest) -> None:
     require_vllm()
     check_unprepared(model, config, "--max-length", request.data.max_length)
-    if config.get("is_causal") is False and not config["model_type"] == "bert":
+    if config.get("is_causal") is False and config["model_type"] != "bert":
         raise UnsupportedError(
             f"{model} attends both ways (`is_causal`: false), which exits of a decoder do not"
         )
@@ -324,7 +324,7 @@ def _digest(data: Data) -> str:
     return found.hexdigest()
 
 
-def _warn_of_surprises(full: Answers, labels: Tensor, speed: Speed, rows: int) -> None:
+def _warn_of_surprises(full: MethodReport, labels: Tensor) -> None:
     """Where the full model itself is not what it is taken for."""
     most_frequent = float(labels.bincount().max() / len(labels))
     if full.accuracy <= most_frequent:
@@ -334,13 +334,11 @@ def _warn_of_surprises(full: Answers, labels: Tensor, speed: Speed, rows: int) -
             full.accuracy,
             most_frequent,
         )
-    replayed = full.probabilities[:rows].argmax(-1).tolist()
-    same = sum(a == b for a, b in zip(replayed, speed.classes, strict=True)) / rows
-    if same < SAME:
+    if full.same is not None and full.same < SAME:
         logger.warning(
             "vLLM gives the class that was replayed here for %.3f of the texts only: accuracies "
             "and prediction sets below are not what it will serve",
-            same,
+            full.same,
         )
 
 
@@ -511,10 +509,10 @@ def _speeds(
     """Speeds of the full model and of each operating point; only new ones are measured."""
     stage = f"{len(sequences)} texts, {_heads_stage(request)}"
     known = work.result("speeds", _Speeds) or _Speeds(speeds={})
-    names = [stage, *(f"{stage}, {each.method} {each.name}" for each in shown)]
-    new = [each for name, each in zip(names[1:], shown, strict=True) if name not in known.speeds]
+    named = {f"{stage}, {each.method} {each.name}": each for each in shown}
+    new = {name: each for name, each in named.items() if name not in known.speeds}
     if not new:
-        return [known.speeds[name] for name in names]
+        return [known.speeds[name] for name in (stage, *named)]
     logger.warning("measuring %d operating points in vLLM", len(new) + 1)
     folder = work.folder / "candidate"
     first = next(each for each in shown if each.config.rule == "joint")
@@ -527,17 +525,17 @@ def _speeds(
         overwrite=True,
     )
     arguments = []
-    for place, candidate in enumerate(new):
+    for place, candidate in enumerate(new.values()):
         path = work.folder / f"candidate-{place}.safetensors"
         save_file(candidate.tensors(), path)
         arguments.append((candidate.config.model_dump_json(), str(path)))
     answers = run_with_engine(measure, str(folder), sequences, arguments, request.data.max_length)
-    measured = [stage, *(f"{stage}, {each.method} {each.name}" for each in new)]
-    found = {
-        name: Speed.model_validate(answer) for name, answer in zip(measured, answers, strict=True)
+    found = known.speeds | {
+        name: Speed.model_validate(answer)
+        for name, answer in zip((stage, *new), answers, strict=True)
     }
-    work.save_result("speeds", _Speeds(speeds={**known.speeds, **found}))
-    return [{**known.speeds, **found}[name] for name in names]
+    work.save_result("speeds", _Speeds(speeds=found))
+    return [found[name] for name in (stage, *named)]
 
 
 class _Speeds(BaseModel):
