@@ -12,9 +12,9 @@ that of `jei_lora` is the tuned backbone.
 The first run prepares the checkpoints: some minutes per task, LoRA a quarter of an hour.
 `accuracy`, `ece` and `mean_depth` are of SST-2's 4,000 `valid` rows (other tasks: `dev`), which
 neither training nor choosing saw; `difference` is accuracy against the full model's on the same
-rows, with its standard error; `coverage_90` is how often the prediction set for 0.9 holds the true
-class, and `set_size_90` how many classes that has. A method whose every operating point loses too
-much accuracy is the stock classifier.
+rows, with its standard error, and `ece_difference` the same of calibration error; `coverage_90` is
+how often the prediction set for 0.9 holds the true class, and `set_size_90` how many classes that
+has. A method whose every operating point loses too much accuracy is the stock classifier.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ def metrics(task: Task, data: Path, *, exits: bool) -> tuple[Metric, ...]:
         found += [
             figure("difference", "higher", alone=True),
             figure("difference_se", "lower", alone=True),
+            figure("ece_difference", "lower", alone=True),
+            figure("ece_difference_se", "lower", alone=True),
             *(figure(f"coverage_{level}", "higher", alone=True) for level in (90, 95)),
             *(figure(f"set_size_{level}", "lower", alone=True) for level in (90, 95)),
         ]

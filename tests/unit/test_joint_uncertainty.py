@@ -7,6 +7,7 @@ import pytest
 
 from vllm_effplugin.techniques.joint_exit.uncertainty import (
     FEWEST,
+    calibration_difference,
     calibration_error,
     conformal_threshold,
     conformal_thresholds,
@@ -39,6 +40,20 @@ def test_overconfidence_shows_and_a_temperature_cures_it() -> None:
     assert calibration_error(sharp, labels) > 0.08
     assert fit_temperature(sharp, labels) == pytest.approx(2.0, rel=0.05)
     assert fit_temperature(honest, labels) == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_difference_of_calibration_errors_has_an_honest_standard_error() -> None:
+    found = []
+    for seed in range(40):
+        honest, labels = sample(800, 1.0, seed)
+        sharp, _ = sample(800, 1.3, seed)
+        found.append(calibration_difference(sharp, honest, labels))
+    differences, errors = np.array(found).T
+    assert differences.mean() > 0.02
+    # Over samples, differences vary as much as the bootstrap of one says.
+    assert errors.mean() == pytest.approx(differences.std(ddof=1), rel=0.3)
+    honest, labels = sample(800, 1.0)
+    assert calibration_difference(honest, honest, labels) == (0.0, 0.0)
 
 
 def test_a_few_without_an_error_are_not_certain() -> None:

@@ -32,7 +32,11 @@ from vllm_effplugin.techniques.joint_exit.data import (
 )
 from vllm_effplugin.techniques.joint_exit.measure import open_classifier
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
-from vllm_effplugin.techniques.joint_exit.uncertainty import calibration_error, prediction_set
+from vllm_effplugin.techniques.joint_exit.uncertainty import (
+    calibration_difference,
+    calibration_error,
+    prediction_set,
+)
 
 
 def evaluate_classifier(checkpoint: Path, source: str, columns: Columns) -> dict[str, float]:
@@ -105,7 +109,8 @@ def classify(llm: Any, texts: Sequence[Any], *, exit: bool) -> tuple[NDArray[Any
 def figures(llm: Any, texts: Sequence[Any], labels: NDArray[Any]) -> dict[str, float]:
     """Accuracy, calibration, depth and coverage of a running engine, with exits or without.
 
-    `difference` is accuracy less the full model's, paired, with its standard error;
+    `difference` is accuracy less the full model's, paired, with its standard error, and
+    `ece_difference` the same of calibration error;
     `coverage_90` how often the prediction set for 0.9 holds the true class, `set_size_90` how many
     classes that has.
     """
@@ -118,11 +123,13 @@ def figures(llm: Any, texts: Sequence[Any], labels: NDArray[Any]) -> dict[str, f
     else:
         p, depths = classify(llm, texts, exit=True)
         full, _ = classify(llm, texts, exit=False)
+    surer, surer_error = calibration_difference(p, full, labels)
     paired = (p.argmax(1) == labels).astype(float) - (full.argmax(1) == labels)
     found = {
         "accuracy": float((p.argmax(1) == labels).mean()),
         "ece": calibration_error(p, labels),
-        "final_ece": calibration_error(full, labels),
+        "ece_difference": surer,
+        "ece_difference_se": surer_error,
         "mean_depth": float(depths.mean()),
         "difference": float(paired.mean()),
         "difference_se": float(paired.std(ddof=1) / np.sqrt(len(paired))),

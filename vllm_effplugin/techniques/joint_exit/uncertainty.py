@@ -16,6 +16,9 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 BINS = 15
+RESAMPLES = 500
+"""Of the bootstrap."""
+
 FEWEST = 20
 """Sequences up to which an exit shares its threshold with the others."""
 
@@ -28,12 +31,34 @@ def calibration_error(probabilities: Floats, labels: Ints, bins: int = BINS) -> 
 
     The mean distance between the probability of the most likely class and how often it is right.
     """
+    place, gap = _gaps(probabilities, labels, bins)
+    return float(np.abs(np.bincount(place, gap, bins)).sum()) / max(1, len(labels))
+
+
+def _gaps(probabilities: Floats, labels: Ints, bins: int) -> tuple[Ints, Floats]:
+    """`[N]` bin of each sequence, and how much surer of its answer it is than right (0 or 1)."""
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [
-        abs(float(confidence[place == i].sum()) - int(right[place == i].sum())) for i in range(bins)
-    ]
-    return sum(gaps) / max(1, len(labels))
+    return np.minimum((confidence * bins).astype(int), bins - 1), confidence - right
+
+
+def calibration_difference(
+    probabilities: Floats, others: Floats, labels: Ints, bins: int = BINS
+) -> tuple[float, float]:
+    """Calibration error less that of other probabilities of the same sequences; standard error.
+
+    The error is a bootstrap's: both are taken of the same resampled sequences.
+    """
+    pairs = [_gaps(p, labels, bins) for p in (probabilities, others)]
+    generator = np.random.default_rng(0)
+    count = len(labels)
+    found = []
+    for _ in range(RESAMPLES):
+        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        one, other = (np.abs(np.bincount(b, drawn * gap, bins)).sum() / count for b, gap in pairs)
+        found.append(one - other)
+    difference = calibration_error(probabilities, labels, bins)
+    difference -= calibration_error(others, labels, bins)
+    return difference, float(np.std(found, ddof=1))
 
 
 def fit_temperature(probabilities: Floats, labels: Ints) -> float:
