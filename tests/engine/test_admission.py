@@ -108,11 +108,11 @@ def classifier(tmp_path_factory):
     ("family", "options", "named"),
     [
         ("Llama", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
-        ("Llama", {"enable_lora": True}, "--enable-lora.*exits of a classifier"),
-        ("Llama", {"quantization": "fp8"}, "quantization 'fp8'.*exits of a classifier"),
-        ("Llama", {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*exits of a classifier"),
+        ("Llama", {"enable_lora": True}, "--enable-lora.*`joint_exit`"),
+        ("Llama", {"quantization": "fp8"}, "quantization 'fp8'.*`joint_exit`"),
+        ("Llama", {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*`joint_exit`"),
         ("Llama", {"worker_cls": "some.Worker"}, "--worker-cls some.Worker"),
-        ("Llama", {"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*exits of a classifier"),
+        ("Llama", {"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*`joint_exit`"),
         ("Llama", {"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ("Llama", {"runner": "generate"}, "generate"),
         (
@@ -130,8 +130,8 @@ def classifier(tmp_path_factory):
             {"pooler_config": {"task": "token_classify"}},
             "pooling task 'token_classify'.*whole sequences",
         ),
-        ("Llama", {"pooler_config": {"logit_sigma": 2.0}}, "logit_sigma.*calibrated"),
-        ("Llama", {"pooler_config": {"logit_mean": 0.5}}, "logit_mean.*calibrated"),
+        ("Llama", {"pooler_config": {"logit_sigma": 2.0}}, "logit_sigma.*trained without"),
+        ("Llama", {"pooler_config": {"logit_mean": 0.5}}, "logit_mean.*trained without"),
         ("Llama", {"speculative_config": NGRAM}, "--speculative-config.*classifier"),
         (
             "Llama",

@@ -151,9 +151,13 @@ def added_tensors(
     Args:
         base: names and shapes of the base model's tensors.
     """
-    if efficiency.joint_exit is not None:
-        classes = len(model_config.get("id2label") or (0, 1))
-        return efficiency.joint_exit.tensors(int(model_config["hidden_size"]), classes)
+    if efficiency.joint_exit is not None or efficiency.multiplex is not None:
+        hidden_size = int(model_config["hidden_size"])
+        found = {} if efficiency.multiplex is None else efficiency.multiplex.tensors(hidden_size)
+        if efficiency.joint_exit is not None:
+            classes = len(model_config.get("id2label") or (0, 1))
+            found |= efficiency.joint_exit.tensors(hidden_size, classes)
+        return found
     if efficiency.early_exit is None:
         return {}
     first = "model.layers.0."

@@ -11,6 +11,7 @@ from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.joint_exit.config import JointExitConfig
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
+from vllm_effplugin.techniques.multiplex.config import MultiplexConfig
 
 LANGUAGE_MODELS: dict[str, str] = {
     "LlamaForCausalLM": "EfficientLlamaForCausalLM",
@@ -44,6 +45,9 @@ class EfficiencyConfig(BaseModel):
     joint_exit: JointExitConfig | None = Field(
         None, description="Points where whole sequences may leave a classifier (JEI-DNN)."
     )
+    multiplex: MultiplexConfig | None = Field(
+        None, description="Sequences that a classifier merges (RevMUX)."
+    )
     split_after: tuple[int, ...] = Field(
         (),
         description="Compile the stack in segments that end after these layers. Computes the "
@@ -55,7 +59,7 @@ class EfficiencyConfig(BaseModel):
         """Whether there has to be a file of extra tensors."""
         trained = self.layer_parallel is not None and self.layer_parallel.trained
         exits = self.early_exit is not None and self.early_exit.has_tensors
-        return trained or exits or self.joint_exit is not None
+        return trained or exits or self.joint_exit is not None or self.multiplex is not None
 
     def validate_for(self, num_layers: int) -> None:
         """Check what depends on the model: layer indices lie inside it.
@@ -74,12 +78,28 @@ class EfficiencyConfig(BaseModel):
                 raise ConfigError("efficiency.split_after has no meaning with exits; leave it out")
         if self.joint_exit is not None:
             self.joint_exit.check_depths(num_layers)
+        if self.multiplex is not None:
+            self.multiplex.check_depth(num_layers)
+            self._check_composition(self.multiplex)
+        for section in ("joint_exit", "multiplex"):
             for other in ("early_exit", "layer_parallel", "split_after"):
-                if getattr(self, other):
+                if getattr(self, section) is not None and getattr(self, other):
                     raise ConfigError(
-                        f"efficiency.joint_exit and efficiency.{other} are not supported together: "
+                        f"efficiency.{section} and efficiency.{other} are not supported together: "
                         "leave one of them out"
                     )
+
+    def _check_composition(self, multiplex: MultiplexConfig) -> None:
+        """Sequences that have merged cannot leave one by one."""
+        behind = [
+            d for d in (self.joint_exit.depths if self.joint_exit else ()) if d > multiplex.depth
+        ]
+        if behind:
+            raise ConfigError(
+                f"efficiency.joint_exit: exits at depths {behind} lie behind depth "
+                f"{multiplex.depth}, where efficiency.multiplex merges sequences: move it behind "
+                "them, or leave them out"
+            )
 
 
 def parse_efficiency(block: Any) -> EfficiencyConfig:

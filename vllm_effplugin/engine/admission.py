@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm_effplugin.config.checkpoint import check_extra_tensors
 from vllm_effplugin.engine import refusals
 from vllm_effplugin.engine.metrics import COLLECTOR, Reporter
+from vllm_effplugin.engine.sequence_totals import sequence_reporter
 from vllm_effplugin.engine.settings import (
     EXIT_PARAMS,
     EXIT_PARAMS_V2,
@@ -24,7 +25,6 @@ from vllm_effplugin.engine.settings import (
     verifies,
 )
 from vllm_effplugin.techniques.early_exit.totals import ExitReporter
-from vllm_effplugin.techniques.joint_exit.totals import SequenceReporter
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -72,12 +72,9 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
                 ),
             )
             _check_parameters(vllm_config)
-        if plan.has_sequence_exits:
-            assert efficiency.joint_exit is not None
-            refusals.with_sequence_exits(vllm_config)
-            _bring_loop(
-                vllm_config, SequenceReporter(efficiency.joint_exit.depths, len(plan.unit_of))
-            )
+        if plan.has_sequences:
+            refusals.with_sequences(vllm_config)
+            _bring_loop(vllm_config, sequence_reporter(efficiency, len(plan.unit_of)))
             if vllm_config.model_config.io_processor_plugin is None:
                 vllm_config.model_config.io_processor_plugin = IO_PROCESSOR
         if not plan.is_trivial:

@@ -1,4 +1,4 @@
-"""Classification with options: `POST /pooling` with a `data` object, for classifiers with exits.
+"""Classification with options: `POST /pooling` with a `data` object, for efficient classifiers.
 
 vLLM's `/classify` has no field for what a request asks of a model. Its interface for requests of
 a model's own is an IO processor, which `/pooling` calls when a request has `data`.
@@ -20,6 +20,7 @@ from vllm.renderers import BaseRenderer
 from vllm_effplugin.engine.settings import efficiency_of
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
 from vllm_effplugin.techniques.joint_exit.uncertainty import prediction_set
+from vllm_effplugin.techniques.multiplex.request import multiplex_pooling_params
 
 
 class ClassifyData(BaseModel):
@@ -31,6 +32,13 @@ class ClassifyData(BaseModel):
     exit: bool = Field(True, description="Whether the texts may leave early.")
     exit_bias: float | None = Field(
         None, allow_inf_nan=False, description="Above 0, they leave earlier."
+    )
+    mux: bool = Field(True, description="Whether the texts may be merged with others.")
+    mux_group: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="With whom: those that say the same, such as a tenant's name.",
     )
 
     @model_validator(mode="after")
@@ -46,24 +54,31 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
     def __init__(self, vllm_config: VllmConfig, renderer: BaseRenderer) -> None:
         super().__init__(vllm_config, renderer)
         hf_config = vllm_config.model_config.hf_config
-        joint_exit = efficiency_of(hf_config).joint_exit
-        assert joint_exit is not None
-        self._exits = joint_exit
-        self._depths = [*joint_exit.depths, hf_config.num_hidden_layers]
+        efficiency = efficiency_of(hf_config)
+        self._exits, self._multiplex = efficiency.joint_exit, efficiency.multiplex
+        exits = () if self._exits is None else self._exits.depths
+        self._depths = [*exits, hf_config.num_hidden_layers]
         # Overrides of the configuration leave the keys as JSON has them.
         self._labels = {int(place): name for place, name in hf_config.id2label.items()}
         # vLLM asks for a request's prompts and then, in the same task, for its parameters.
         self._asked: ContextVar[ClassifyData] = ContextVar("asked")
 
     def parse_data(self, data: object) -> ClassifyData:
-        """Validate; what is wrong gets HTTP 400."""
+        """Validate; what is wrong, or asks for what the model has not, gets HTTP 400."""
         try:
-            return ClassifyData.model_validate(data)
+            asked = ClassifyData.model_validate(data)
         except ValidationError as error:
             problems = "; ".join(
                 f"data.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
             )
             raise VLLMValidationError(problems, parameter="data") from None
+        for technique, section in (("exit", self._exits), ("mux", self._multiplex)):
+            for name in sorted(asked.model_fields_set):
+                if section is None and name.split("_")[0] == technique:
+                    raise VLLMValidationError(
+                        f"data.{name}: the model has nothing of the kind", parameter="data"
+                    )
+        return asked
 
     def pre_process(
         self, prompt: ClassifyData, request_id: str | None = None, **kwargs: Any
@@ -73,11 +88,12 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
         return [prompt.input] if isinstance(prompt.input, str) else prompt.input
 
     def merge_pooling_params(self, params: PoolingParams | None = None) -> PoolingParams:
-        """What the request whose texts were just given asks of the exits."""
+        """What the request whose texts were just given asks of the model."""
         asked = self._asked.get()
         merged = params or PoolingParams()
-        wishes = exit_pooling_params(exit=asked.exit, exit_bias=asked.exit_bias, exit_report=True)
-        merged.extra_kwargs = wishes.extra_kwargs
+        exits = exit_pooling_params(exit=asked.exit, exit_bias=asked.exit_bias, exit_report=True)
+        mux = multiplex_pooling_params(mux=asked.mux, mux_group=asked.mux_group, mux_report=True)
+        merged.extra_kwargs = {**(exits.extra_kwargs or {}), **(mux.extra_kwargs or {})}
         merged.task, merged.use_activation = "classify", True  # answers are probabilities
         return merged
 
@@ -87,11 +103,11 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
         request_id: str | None = None,
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
-        """Probabilities, where each text got its answer, and its prediction sets."""
+        """Probabilities, where each text got its answer, in what company, and prediction sets."""
         return [self._answer(output.outputs.data.tolist()) for output in model_output]
 
     def _answer(self, row: list[float]) -> dict[str, Any]:
-        *probabilities, depth, as_prepared = row
+        *probabilities, depth, as_prepared, merged = row
         place = self._depths.index(round(depth))
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         sets = [
@@ -101,12 +117,16 @@ class ClassifyProcessor(IOProcessor[ClassifyData, list[dict[str, Any]]]):
                     self._labels[i] for i in prediction_set(probabilities, level.thresholds[place])
                 ],
             }
-            # They hold for what leaves where the checkpoint's own rule says.
-            for level in (self._exits.conformal if as_prepared else ())
+            # They hold for what leaves where the checkpoint's own rule says, and runs alone.
+            for level in (self._exits.conformal if self._exits and as_prepared else ())
+            if merged == 1
         ]
-        return {
+        answer = {
             "label": self._labels[best],
             "probs": probabilities,
             "layers": round(depth),
             "sets": sets,
         }
+        if self._multiplex is not None:
+            answer["merged"] = round(merged)
+        return answer

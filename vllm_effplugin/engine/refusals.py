@@ -139,43 +139,46 @@ def with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
     _with_a_loop(vllm_config, "early exit", way_out)
 
 
-def with_sequence_exits(vllm_config: VllmConfig) -> None:
-    """What a classifier with exits does not support."""
+def with_sequences(vllm_config: VllmConfig) -> None:
+    """What a classifier with exits, or one that merges sequences, does not support."""
     model = vllm_config.model_config
-    way_out = "remove `joint_exit` from the efficiency block"
+    efficiency = efficiency_of(model.hf_config)
+    sections = [name for name in ("joint_exit", "multiplex") if getattr(efficiency, name)]
+    section = " and ".join(f"`{name}`" for name in sections)
+    way_out = f"remove {section} from the efficiency block"
     if model.runner_type != "pooling":
         raise UnsupportedError(
-            f"--runner {model.runner_type} is not supported with `joint_exit`, which is for "
+            f"--runner {model.runner_type} is not supported with {section}, which is for "
             f"classifiers: leave it at `auto`, or {way_out}"
         )
     pooler = model.pooler_config
     reads = "CLS" if model.architecture.startswith("EfficientBert") else "LAST"
     if pooler is not None and pooler.seq_pooling_type not in (None, reads):
         raise UnsupportedError(
-            f"pooling type {pooler.seq_pooling_type} (--pooler-config) is not supported with exits "
-            f"of {model.architecture}, whose heads were trained on {reads}: leave it out, or "
+            f"pooling type {pooler.seq_pooling_type} (--pooler-config) is not supported with "
+            f"{section} of {model.architecture}, which was trained on {reads}: leave it out, or "
             f"{way_out}"
         )
     if pooler is not None and pooler.task not in (None, "classify"):
         raise UnsupportedError(
-            f"pooling task {pooler.task!r} (--pooler-config) is not supported with exits, whose "
-            f"heads classify whole sequences: leave it out, or {way_out}"
+            f"pooling task {pooler.task!r} (--pooler-config) is not supported with {section}, "
+            f"which classifies whole sequences: leave it out, or {way_out}"
         )
     for setting in ("logit_mean", "logit_sigma"):
         if pooler is not None and getattr(pooler, setting) is not None:
             raise UnsupportedError(
-                f"{setting} (--pooler-config) is not supported with exits, which are calibrated "
-                f"without it: leave it out, or {way_out}"
+                f"{setting} (--pooler-config) is not supported with {section}, which was "
+                f"trained without it: leave it out, or {way_out}"
             )
     if not isinstance(get_act_fn(model.hf_config, static_num_labels=False), PoolerClassify):
         raise UnsupportedError(
-            "exits of a classifier need a softmax over its classes, and `problem_type` or the "
-            f"activation function in its config.json says otherwise: change that, or {way_out}"
+            f"{section} needs a softmax over the classes, and `problem_type` or the activation "
+            f"function in config.json says otherwise: change that, or {way_out}"
         )
     if reads == "LAST" and getattr(model.hf_config, "is_causal", True) is False:
         raise UnsupportedError(
-            "`is_causal`: false is not supported with exits of a decoder, which are trained on "
-            f"causal attention: leave it out, or {way_out}"
+            f"`is_causal`: false is not supported with {section} of a decoder, which was trained "
+            f"on causal attention: leave it out, or {way_out}"
         )
     if vllm_config.speculative_config is not None:
         raise UnsupportedError(
@@ -183,10 +186,10 @@ def with_sequence_exits(vllm_config: VllmConfig) -> None:
         )
     if model.hf_config.num_labels < 2:
         raise UnsupportedError(
-            "a classifier with one label is not supported with exits, whose gates compare two "
-            f"classes: {way_out}"
+            f"a classifier with one label is not supported with {section}, which is for two "
+            f"classes or more: {way_out}"
         )
-    _with_a_loop(vllm_config, "exits of a classifier", way_out)
+    _with_a_loop(vllm_config, section, way_out)
 
 
 def on_wrong_model(hf_config: Any) -> None:
@@ -200,11 +203,13 @@ def on_wrong_model(hf_config: Any) -> None:
                 f"`{section}` is not supported on {architecture}: remove it from the "
                 "efficiency block"
             )
-    if efficiency.joint_exit is not None and not classifies:
-        raise UnsupportedError(
-            f"`joint_exit` is not supported on {architecture}, which is no classifier: serve "
-            "a checkpoint of `effplugin prepare classify`, or remove it from the efficiency block"
-        )
+    for section, command in (("joint_exit", "classify"), ("multiplex", "multiplex")):
+        if getattr(efficiency, section) is not None and not classifies:
+            raise UnsupportedError(
+                f"`{section}` is not supported on {architecture}, which is no classifier: serve a "
+                f"checkpoint of `effplugin prepare {command}`, or remove it from the efficiency "
+                "block"
+            )
 
 
 def _with_a_loop(vllm_config: VllmConfig, technique: str, way_out: str) -> None:

@@ -1,8 +1,11 @@
-"""Schedulers that keep cache entries apart that are not the same."""
+"""Schedulers that keep cache entries apart that are not the same, and let requests merge."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import time
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -11,7 +14,15 @@ from vllm.v1.request import Request
 
 from vllm_effplugin.engine.settings import efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
-from vllm_effplugin.techniques.joint_exit.request import engine_request
+from vllm_effplugin.techniques.joint_exit import request as exit_request
+from vllm_effplugin.techniques.multiplex import request as mux_request
+from vllm_effplugin.techniques.multiplex.queue import Admission, Room, Waiting
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+FOLLOWED = 0.1
+"""Weight of the newest observation in a running mean."""
 
 
 class _SaltedRequests:
@@ -47,8 +58,99 @@ class _SaltedRequests:
         if not self._shares_blocks:
             return None
         params = request.pooling_params
-        may_leave = engine_request(params.extra_kwargs if params else None).exit
-        return f"joint_exit:{request.request_id}" if may_leave else None
+        extra = params.extra_kwargs if params else None
+        joint_exit, multiplex = self._efficiency.joint_exit, self._efficiency.multiplex
+        leaves = joint_exit is not None and exit_request.engine_request(extra).exit
+        merges = multiplex is not None and (
+            mux_request.engine_request(extra).tenant(multiplex) is not None
+        )
+        return f"incomplete:{request.request_id}" if leaves or merges else None
+
+
+class _MergingRequests(_SaltedRequests):
+    """Starts requests so that those of a step merge well (techniques/multiplex/queue.py).
+
+    vLLM starts waiting requests in order while there is room, and its `max_num_active_reqs` says
+    how many may run: lowered for the time of one call, it says how many start.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, **kwargs)
+        multiplex = self._efficiency.multiplex
+        assert multiplex is not None
+        self._multiplex = multiplex
+        self._layers = vllm_config.model_config.hf_config.num_hidden_layers
+        self._admission = Admission(multiplex, self._layers)
+        self._tenants: dict[str, str | None] = {}
+        self._passed_over: set[str] = set()
+        self._last_arrival: float | None = None
+        self._gap: float | None = None
+        self._layer_token = self._started = 0.0
+
+    def add_request(self, request: Request) -> None:
+        params = request.pooling_params
+        asked = mux_request.engine_request(params.extra_kwargs if params else None)
+        self._tenants[request.request_id] = asked.tenant(self._multiplex)
+        now = time.monotonic()
+        if self._last_arrival is not None:
+            gap = now - self._last_arrival
+            self._gap = gap if self._gap is None else self._gap + FOLLOWED * (gap - self._gap)
+        self._last_arrival = now
+        super().add_request(request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._tenants.pop(request.request_id, None)
+        self._passed_over.discard(request.request_id)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        most = self.max_num_active_reqs  # type: ignore[has-type]
+        running = len(self.running) + self.num_waiting_for_streaming_input  # type: ignore[attr-defined]
+        self.max_num_active_reqs = min(most, running + self._starting(most - running))
+        try:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.max_num_active_reqs = most
+            self._started = time.monotonic()
+
+    def _starting(self, seats: int) -> int:
+        """How many of the waiting requests start."""
+        now = time.time()
+        first = list(islice(self.waiting, seats + 1))  # type: ignore[attr-defined]
+        if seats <= 0 or not first:
+            return seats
+        queue = [
+            Waiting(
+                request.num_tokens - request.num_computed_tokens,
+                self._tenants.get(request.request_id),
+                now - request.arrival_time,
+                request.request_id in self._passed_over,
+            )
+            for request in first
+        ]
+        idle = not self.running  # type: ignore[attr-defined]
+        room = Room(self.max_num_scheduled_tokens, seats, idle)  # type: ignore[attr-defined]
+        starts, fits = self._admission.starting(
+            queue, room, self._expected_gap(), self._layer_token
+        )
+        if starts:
+            self._passed_over = {request.request_id for request in first[starts:fits]}
+        return starts
+
+    def _expected_gap(self) -> float:
+        """Seconds until the next arrival, taken to be those between arrivals lately."""
+        if self._gap is None or self._last_arrival is None:
+            return math.inf
+        return max(self._gap, time.monotonic() - self._last_arrival)
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
+        tokens = scheduler_output.total_num_scheduled_tokens
+        if tokens:
+            taken = (time.monotonic() - self._started) / (tokens * self._layers)
+            self._layer_token += (FOLLOWED if self._layer_token else 1.0) * (
+                taken - self._layer_token
+            )
+        return super().update_from_output(scheduler_output, *args)  # type: ignore[misc]
 
 
 class _SaltedScheduler(_SaltedRequests, Scheduler):
@@ -59,11 +161,23 @@ class _SaltedAsyncScheduler(_SaltedRequests, AsyncScheduler):
     pass
 
 
-def salted_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """The scheduler that vLLM would choose, with salted requests. For `scheduler_cls`.
+class _MergingScheduler(_MergingRequests, Scheduler):
+    pass
+
+
+class _MergingAsyncScheduler(_MergingRequests, AsyncScheduler):
+    pass
+
+
+def effplugin_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """The scheduler that vLLM would choose, with what the model needs. For `scheduler_cls`.
 
     A function, because vLLM decides on asynchronous scheduling only after `scheduler_cls` is set.
     """
     asynchronous = vllm_config.scheduler_config.async_scheduling
-    cls = _SaltedAsyncScheduler if asynchronous else _SaltedScheduler
+    cls: type[Scheduler]
+    if efficiency_of(vllm_config.model_config.hf_config).multiplex is not None:
+        cls = _MergingAsyncScheduler if asynchronous else _MergingScheduler
+    else:
+        cls = _SaltedAsyncScheduler if asynchronous else _SaltedScheduler
     return cls(vllm_config=vllm_config, **kwargs)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 EXIT_PARAMS = "vllm_effplugin.engine.params:ExitParamsV1"
 VERIFYING_EXIT_PARAMS = "vllm_effplugin.engine.params:VerifyingExitParamsV1"
 EXIT_PARAMS_V2 = "vllm_effplugin.engine.params_v2:ExitParamsV2"
-SCHEDULER = "vllm_effplugin.engine.schedulers.salted_scheduler"
+SCHEDULER = "vllm_effplugin.engine.schedulers.effplugin_scheduler"
 WORKERS = {
     "cpu": "vllm_effplugin.engine.worker.EffpluginCPUWorker",
     "cuda": "vllm_effplugin.engine.worker.EffpluginWorker",

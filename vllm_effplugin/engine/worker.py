@@ -118,7 +118,7 @@ class EffpluginWorker(Worker):
             config: of the exits, as JSON.
             tensors: file of their tensors.
         """
-        self._exits.replace(
+        self._exits.exits.replace(
             JointExitConfig.model_validate_json(config), load_file(tensors, str(self.device))
         )
 

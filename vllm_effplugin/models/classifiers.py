@@ -23,6 +23,7 @@ from vllm_effplugin.engine.batch import remember_batches
 from vllm_effplugin.engine.graphs import GraphInputs
 from vllm_effplugin.engine.loop import TrunkLoop
 from vllm_effplugin.engine.segments import compiled_part
+from vllm_effplugin.engine.sequences import Part, SequenceLoop, Stack, sequence_loop
 from vllm_effplugin.engine.settings import efficiency_of, plan_for
 from vllm_effplugin.models.families import (
     EfficientLlamaForCausalLM,
@@ -33,19 +34,19 @@ from vllm_effplugin.models.families import (
 from vllm_effplugin.models.looped import EXTRA_PREFIX, LoopedModel
 from vllm_effplugin.models.trunk import compile_trunk
 from vllm_effplugin.techniques.joint_exit.heads import ExitHeads
-from vllm_effplugin.techniques.joint_exit.loop import SequenceExitLoop, Stack
 from vllm_effplugin.techniques.joint_exit.request import as_prepared
+from vllm_effplugin.techniques.multiplex.layers import multiplexers
 
 
-class ExitPoolerHead(ClassifierPoolerHead):
+class SequencePoolerHead(ClassifierPoolerHead):
     """vLLM's pooler head, on the logits of each row's exit.
 
     Args:
         stock: the head without exits; its classifier is the full model's.
-        loop: knows which rows left, and with what logits.
+        loop: knows which rows left, and with what logits, and which ran as one.
     """
 
-    def __init__(self, stock: ClassifierPoolerHead, loop: SequenceExitLoop) -> None:
+    def __init__(self, stock: ClassifierPoolerHead, loop: SequenceLoop) -> None:
         super().__init__(
             classifier=self._logits,
             logit_mean=stock.logit_mean,
@@ -56,27 +57,35 @@ class ExitPoolerHead(ClassifierPoolerHead):
         self._full = (stock.classifier,)  # no submodule: it has its place in the model
         self._loop = loop
         self._depths: Any = None
+        self._merged: Any = None
 
     def _logits(self, pooled: Tensor) -> Tensor:
-        logits, self._depths = self._loop.answer(self._full[0](pooled))
+        logits, self._depths, self._merged = self._loop.answer(self._full[0](pooled))
         return logits
 
     def forward(self, pooled_data: Any, pooling_metadata: PoolingMetadata) -> Any:
         """Probabilities of each row.
 
-        Where it asked for a report, the number of its layers is behind them, and 1 if it left or
-        stayed as the checkpoint has it, else 0.
+        Where it asked for `exit_report`, the number of its layers is behind them, and 1 if it left
+        or stayed as the checkpoint has it, else 0; where it asked for `mux_report`, how many
+        sequences ran as one.
         """
         answers = super().forward(pooled_data, pooling_metadata)
         extras = [params.extra_kwargs or {} for params in pooling_metadata.pooling_params]
-        if not any(extra.get("exit_report") for extra in extras):
+        if not any(extra.get(name) for extra in extras for name in ("exit_report", "mux_report")):
             return answers
         return [
-            torch.cat([row, row.new_tensor([float(depth), float(as_prepared(extra))])])
-            if extra.get("exit_report")
-            else row
-            for row, depth, extra in zip(answers, self._depths, extras, strict=True)
+            torch.cat([row, row.new_tensor(self._report(place, extra))])
+            for place, (row, extra) in enumerate(zip(answers, extras, strict=True))
         ]
+
+    def _report(self, row: int, extra: dict[str, Any]) -> list[float]:
+        report: list[float] = []
+        if extra.get("exit_report"):
+            report += [float(self._depths[row]), float(as_prepared(extra))]
+        if extra.get("mux_report"):
+            report.append(float(self._merged[row]))
+        return report
 
 
 class _EfficientClassifier(LoopedModel):
@@ -85,16 +94,21 @@ class _EfficientClassifier(LoopedModel):
     pooler: Any
     config: Any
 
-    def add_exits(self, vllm_config: VllmConfig) -> None:
-        """Heads of the exits, and a pooler that knows them. The last step of `__init__`."""
-        joint_exit = efficiency_of(vllm_config.model_config.hf_config).joint_exit
-        if joint_exit is None:
+    def add_heads(self, vllm_config: VllmConfig) -> None:
+        """What the boundaries need, and a pooler that knows them. The last step of `__init__`."""
+        if not isinstance(self.loop, SequenceLoop):
             return
-        assert isinstance(self.loop, SequenceExitLoop)
         model = vllm_config.model_config
-        self.exit_heads = ExitHeads(joint_exit, model.get_hidden_size(), model.hf_config.num_labels)
+        efficiency, hidden_size = efficiency_of(model.hf_config), model.get_hidden_size()
+        if efficiency.joint_exit is not None:
+            self.exit_heads = ExitHeads(
+                efficiency.joint_exit, hidden_size, model.hf_config.num_labels
+            )
+        if efficiency.multiplex is not None:
+            self.multiplexers = multiplexers(hidden_size, efficiency.multiplex.sizes)
+            self.multiplexers.to(model.dtype).eval().requires_grad_(False)
         classify = self.pooler.poolers_by_task["classify"]
-        classify.head = ExitPoolerHead(classify.head, self.loop)
+        classify.head = SequencePoolerHead(classify.head, self.loop)
         # Classes of single tokens would need a head per exit that reads them.
         self.pooler = DispatchPooler({"classify": classify})
 
@@ -105,7 +119,7 @@ def _classifier(base: type[Any]) -> type[Any]:
     class Classifier(_EfficientClassifier, as_seq_cls_model(base)):  # type: ignore[misc]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-            self.add_exits(vllm_config)
+            self.add_heads(vllm_config)
 
     return Classifier
 
@@ -153,44 +167,39 @@ class EfficientBertModel(BertPoolingModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self.loop: SequenceExitLoop | None = None
+        self.loop: SequenceLoop | None = None
         plan = plan_for(self.config)
-        if not plan.has_sequence_exits:
+        if not plan.has_sequences:
             return
         layers = self.encoder.layer
         for layer in layers:
             remember_batches(layer.attention.self.attn)
         model = vllm_config.model_config
         graphs = GraphInputs(vllm_config, model.get_hidden_size(), model.dtype)
-        parts = [
+        parts: list[Any] = [
             compiled_part(_bert_segment, f"Segment{index}", self, part.units, vllm_config, prefix)
+            if part.units
+            else None
             for index, part in enumerate(plan.segments)
         ]
 
-        def run(part: nn.Module) -> Any:
-            return graphs.placed(lambda _, hidden, __: part(hidden))
+        def to_boundary(part: Any) -> Part:
+            return graphs.placed(lambda _, hidden, __: (part(hidden), None))
 
-        *before, last = [run(part) for part in parts]
-        joint_exit = efficiency_of(self.config).joint_exit
-        assert joint_exit is not None
-        self.loop = SequenceExitLoop(
+        *before, last = parts
+        self.loop = sequence_loop(
             Stack(
                 layer_name=layers[0].attention.self.attn.layer_name,
                 embed=lambda ids, positions, embeds: self.embeddings(
                     input_ids=ids, position_ids=positions, inputs_embeds=embeds
                 ),
-                segments=[
-                    lambda positions, hidden, _, part=part: (part(positions, hidden, None), None)
-                    for part in before
-                ],
-                to_end=last,
+                segments=[None if part is None else to_boundary(part) for part in before],
+                to_end=graphs.placed(lambda _, hidden, __: last(hidden)),
                 plain=compiled_part(_bert_stack, "Plain", self, plan.units, vllm_config, prefix),
                 read=lambda hidden, _: hidden,
                 place="first",
                 graphs=graphs,
             ),
-            joint_exit,
-            len(layers),
             vllm_config,
         )
 
@@ -230,7 +239,7 @@ class EfficientBertForSequenceClassification(_EfficientClassifier, BertForSequen
             model.pooler_config, pooling=self.bert.pooler, classifier=self.classifier
         )
         self.connect(vllm_config)
-        self.add_exits(vllm_config)
+        self.add_heads(vllm_config)
 
     @property
     def loop(self) -> TrunkLoop | None:

@@ -28,11 +28,11 @@ from vllm_effplugin.engine.segments import (
     to_end,
     whole_stack,
 )
+from vllm_effplugin.engine.sequences import Stack, sequence_loop
 from vllm_effplugin.engine.settings import efficiency_of, plan_for
 from vllm_effplugin.plan import Plan, Unit
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.loop import ExitLoop
-from vllm_effplugin.techniques.joint_exit.loop import SequenceExitLoop, Stack
 from vllm_effplugin.techniques.layer_parallel.layer import (
     AttentionFactory,
     LayerGroup,
@@ -118,8 +118,8 @@ class PlannedTrunk(nn.Module):
         self.segments = None
         if self.plan.has_exits:
             self._arrange_exits(vllm_config, prefix, factory)
-        elif self.plan.has_sequence_exits:
-            self._arrange_sequence_exits(vllm_config, prefix)
+        elif self.plan.has_sequences:
+            self._arrange_sequences(vllm_config, prefix)
         else:
             self.segments = build_segments(self.plan, self, vllm_config, prefix)
 
@@ -137,7 +137,7 @@ class PlannedTrunk(nn.Module):
             remember_batches(layer.self_attn.attn)
         self.loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
 
-    def _arrange_sequence_exits(self, vllm_config: VllmConfig, prefix: str) -> None:
+    def _arrange_sequences(self, vllm_config: VllmConfig, prefix: str) -> None:
         for layer in self.layers:
             remember_batches(layer.self_attn.attn)
         *before, last = self.plan.segments
@@ -146,14 +146,14 @@ class PlannedTrunk(nn.Module):
         def part(forward: Callable[..., Any], name: str, units: Sequence[Unit]) -> nn.Module:
             return compiled_part(forward, name, self, units, vllm_config, prefix)
 
-        joint_exit = efficiency_of(vllm_config.model_config.hf_config).joint_exit
-        assert joint_exit is not None
-        self.loop = SequenceExitLoop(
+        self.loop = sequence_loop(
             Stack(
                 layer_name=self.layers[0].self_attn.attn.layer_name,
                 embed=lambda ids, _, embeds: self.embed(ids, embeds),
                 segments=[
-                    graphs.placed(part(segment, f"ToExit{index}", each.units))
+                    graphs.placed(part(segment, f"Segment{index}", each.units))
+                    if each.units
+                    else None
                     for index, each in enumerate(before)
                 ],
                 to_end=graphs.placed(part(to_end, "ToEnd", last.units)),
@@ -162,8 +162,6 @@ class PlannedTrunk(nn.Module):
                 place="last",
                 graphs=graphs,
             ),
-            joint_exit,
-            len(self.layers),
             vllm_config,
         )
 

@@ -35,7 +35,8 @@ class Boundary:
     """A point after layer `after` where rows may leave or join the batch.
 
     `kind` names what happens there. `split` does nothing: rows pass unchanged. At an `exit`
-    tokens may leave, at a `sequence_exit` whole prompts.
+    tokens may leave, at a `sequence_exit` whole prompts; at a `merge` whole prompts become one,
+    which may be before the first layer, and where some have just left.
     """
 
     after: int
@@ -82,9 +83,10 @@ class Plan:
         return any(boundary.kind == "exit" for boundary in self.boundaries)
 
     @property
-    def has_sequence_exits(self) -> bool:
-        """Whether whole prompts may leave somewhere."""
-        return any(boundary.kind == "sequence_exit" for boundary in self.boundaries)
+    def has_sequences(self) -> bool:
+        """Whether whole prompts leave or merge somewhere."""
+        kinds = ("sequence_exit", "merge")
+        return any(boundary.kind in kinds for boundary in self.boundaries)
 
     @property
     def is_trivial(self) -> bool:
@@ -98,7 +100,7 @@ class Plan:
 
     def describe(self) -> str:
         """One line for logs: `0-11 [12 13] [14 15] 16-29`; `|` marks a boundary."""
-        return " | ".join(_describe_segment(segment) for segment in self.segments)
+        return " | ".join(_describe_segment(segment) or "-" for segment in self.segments)
 
 
 def _describe_segment(segment: Segment) -> str:
@@ -145,11 +147,15 @@ def build_plan(config: EfficiencyConfig, num_layers: int) -> Plan:
         *(Boundary(layer) for layer in config.split_after),
         *(Boundary(point.depth - 1, "exit") for point in exits),
         *(Boundary(point.depth - 1, "sequence_exit") for point in sequence_exits),
+        *((Boundary(config.multiplex.depth - 1, "merge"),) if config.multiplex else ()),
     )
     boundaries = tuple(sorted(boundaries, key=lambda boundary: boundary.after))
     segments: list[Segment] = []
     rest = units
     for boundary in boundaries:
+        if boundary.kind == "merge" and boundary.after == rest[0].first - 1:
+            segments.append(Segment(()))
+            continue
         cut = next((i for i, u in enumerate(rest) if u.layers[-1] == boundary.after), None)
         if cut is None or cut + 1 == len(rest):
             raise ConfigError(_misplaced(boundary, units, num_layers))

@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_bidirectional_mask
 
 from vllm_effplugin.errors import CheckpointError
 from vllm_effplugin.preparation.decoder import Decoder
@@ -58,6 +59,31 @@ class Backbone(ABC):
             depths: layers before each exit, increasing.
         """
 
+    @abstractmethod
+    def below(self, ids: Tensor, lengths: Tensor, depth: int) -> Tensor:
+        """Hidden states behind the first `depth` layers, `[B, S, d]`.
+
+        Args:
+            ids, lengths: as above.
+        """
+
+    @abstractmethod
+    def above(self, hidden: Tensor, lengths: Tensor, depth: int) -> Tensor:
+        """What the other layers make of them, `[B, S, d]`; behind the final norm, if there is one.
+
+        Args:
+            hidden: `[B, S, d]`, padded on the right with anything.
+            lengths: `[B]`.
+        """
+
+    @abstractmethod
+    def places(self, lengths: Tensor) -> Tensor:
+        """Which token the head reads, of sequences of these lengths."""
+
+    @abstractmethod
+    def pooled(self, states: Tensor) -> Tensor:
+        """What the head reads, `[..., d]`, of the last layer's states there."""
+
 
 class DecoderBackbone(Backbone):
     """A decoder; causal attention makes padding on the right harmless."""
@@ -74,6 +100,22 @@ class DecoderBackbone(Backbone):
             found.append(decoder.decoder.norm(hidden[rows, lengths - 1]))
         return found
 
+    def below(self, ids: Tensor, lengths: Tensor, depth: int) -> Tensor:
+        decoder = Decoder(self.model)
+        hidden, context = decoder.embed(ids)
+        return decoder.run_layers(range(depth), hidden, context)
+
+    def above(self, hidden: Tensor, lengths: Tensor, depth: int) -> Tensor:
+        decoder = Decoder(self.model)
+        layers = range(depth, self.num_layers)
+        return decoder.decoder.norm(decoder.run_layers(layers, hidden, decoder.context(hidden)))
+
+    def places(self, lengths: Tensor) -> Tensor:
+        return lengths - 1
+
+    def pooled(self, states: Tensor) -> Tensor:
+        return states
+
 
 class EncoderBackbone(Backbone):
     """A `BertModel` with its pooler."""
@@ -86,6 +128,28 @@ class EncoderBackbone(Backbone):
         output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
         exits = [output.hidden_states[depth][:, 0] for depth in depths]
         return [*exits, output.pooler_output]
+
+    def below(self, ids: Tensor, lengths: Tensor, depth: int) -> Tensor:
+        return self._run(range(depth), self.model.embeddings(input_ids=ids), lengths)
+
+    def above(self, hidden: Tensor, lengths: Tensor, depth: int) -> Tensor:
+        return self._run(range(depth, self.num_layers), hidden, lengths)
+
+    def places(self, lengths: Tensor) -> Tensor:
+        return torch.zeros_like(lengths)
+
+    def pooled(self, states: Tensor) -> Tensor:
+        pooler = self.model.pooler
+        return pooler.activation(pooler.dense(states))
+
+    def _run(self, layers: Iterable[int], hidden: Tensor, lengths: Tensor) -> Tensor:
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        attention = create_bidirectional_mask(
+            config=self.model.config, inputs_embeds=hidden, attention_mask=mask.long()
+        )
+        for index in layers:
+            hidden = self.model.encoder.layer[index](hidden, attention)
+        return hidden
 
 
 def load_backbone(model: Path, architecture: str, dtype: torch.dtype) -> Backbone:

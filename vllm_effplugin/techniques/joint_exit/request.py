@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.techniques.wishes import parse_wishes
 
 if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
@@ -48,17 +49,13 @@ def parse_sequence_request(extra: Mapping[str, Any] | None) -> SequenceExitReque
     Raises:
         ConfigError: naming the field and what is wrong with it.
     """
-    given = {name: value for name, value in (extra or {}).items() if name.split("_")[0] == "exit"}
+    given = dict(extra or {})
     if isinstance(given.get("exit_bias"), int) and not isinstance(given["exit_bias"], bool):
         try:
             given["exit_bias"] = float(given["exit_bias"])
         except OverflowError:
             raise ConfigError("exit_bias: not a usable number") from None
-    try:
-        return SequenceExitRequest.model_validate(given)
-    except ValidationError as error:
-        problems = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
-        raise ConfigError(problems) from None
+    return parse_wishes(SequenceExitRequest, "exit", given)
 
 
 def engine_request(extra: Mapping[str, Any] | None) -> SequenceExitRequest:
