@@ -17,7 +17,7 @@ from tests.e2e.server import serving
 from tests.engine.test_joint_exit import JOINT, checkpoint
 from tests.tiny import BERT, VOCAB, add_tokenizer, engine, make_checkpoint, make_classifier
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_model_config
-from vllm_effplugin.techniques.joint_exit.data import Columns
+from vllm_effplugin.preparation.labelled import Columns
 from vllm_effplugin.techniques.joint_exit.evaluate import evaluate_classifier
 from vllm_effplugin.techniques.joint_exit.prepare import ClassifyRequest, Outcome, prepare
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params

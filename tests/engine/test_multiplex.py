@@ -17,7 +17,7 @@ from tests.tiny import CLASSES, LAYERS, VOCAB, counters, engine, make_classifier
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.preparation.backbone import load_backbone
-from vllm_effplugin.techniques.joint_exit.classifier import own_head
+from vllm_effplugin.preparation.classifier import own_head
 from vllm_effplugin.techniques.multiplex.config import MULTIPLEXERS
 from vllm_effplugin.techniques.multiplex.grouping import form_groups
 from vllm_effplugin.techniques.multiplex.layers import multiplexers

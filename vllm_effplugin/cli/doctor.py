@@ -300,10 +300,19 @@ def _classify(here: Platform) -> tuple[Feature, ...]:
     )
 
 
+def _multiplex(here: Platform) -> tuple[Feature, ...]:
+    hub = _version("datasets") is not None
+    return (
+        _exits(here),
+        Feature("prepare: data of the hub", hub, "" if hub else "`datasets` is not installed"),
+    )
+
+
 TECHNIQUES: dict[str, Callable[[Platform], tuple[Feature, ...]]] = {
     "layer-parallel": _layer_parallel,
     "early-exit": _early_exit,
     "classify": _classify,
+    "multiplex": _multiplex,
 }
 
 

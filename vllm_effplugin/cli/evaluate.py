@@ -98,7 +98,7 @@ def evaluate(
     if is_classifier(read_model_config(checkpoint)):
         if data is None:
             raise ConfigError(f"{checkpoint} is a classifier: give --data FILE")
-        from vllm_effplugin.techniques.joint_exit.data import Columns
+        from vllm_effplugin.preparation.labelled import Columns
         from vllm_effplugin.techniques.joint_exit.evaluate import evaluate_classifier
 
         columns = Columns(text=text_column, text_pair=pair_column, label=label_column)

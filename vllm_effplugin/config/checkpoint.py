@@ -169,6 +169,16 @@ def added_tensors(
     return efficiency.early_exit.tensors(int(model_config["hidden_size"]), layer)
 
 
+def extra_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Those of the techniques that a checkpoint has; none in a stock one."""
+    path = checkpoint / EXTRA_FOLDER / EXTRA_FILE
+    if not path.exists():
+        return {}
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
 def check_checkpoint(checkpoint: Path) -> EfficiencyConfig:
     """Check everything about a checkpoint directory that can be known without loading it.
 

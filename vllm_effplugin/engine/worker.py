@@ -122,6 +122,14 @@ class EffpluginWorker(Worker):
             JointExitConfig.model_validate_json(config), load_file(tensors, str(self.device))
         )
 
+    def set_group_sizes(self, sizes: list[int]) -> None:
+        """From now on, merge groups of these sizes only.
+
+        Args:
+            sizes: some of those of the checkpoint.
+        """
+        self._exits.merge.sizes = tuple(sizes)
+
     def set_exit_shadow(self, share: float) -> None:
         """From now on, compare this share of the tokens that leave with the full model."""
         self._exits.shadow = share

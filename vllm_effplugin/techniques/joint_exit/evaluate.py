@@ -22,8 +22,8 @@ from vllm_effplugin.config.checkpoint import PROVENANCE, read_model_config
 from vllm_effplugin.config.efficiency import parse_efficiency
 from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.preparation.base import load_tokenizer
-from vllm_effplugin.techniques.joint_exit.classifier import classes_of
-from vllm_effplugin.techniques.joint_exit.data import (
+from vllm_effplugin.preparation.classifier import classes_of
+from vllm_effplugin.preparation.labelled import (
     Columns,
     DataSettings,
     examples,

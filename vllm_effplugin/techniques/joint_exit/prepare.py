@@ -7,7 +7,6 @@ interrupted one stopped, and another `--write` or `--max-loss` starts from what 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,7 @@ from torch import Tensor
 
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import (
-    EXTRA_FOLDER,
-    PROVENANCE,
     is_classifier,
-    link,
     read_model_config,
     require_output,
     staged_directory,
@@ -33,29 +29,35 @@ from vllm_effplugin.config.checkpoint import (
 )
 from vllm_effplugin.config.provenance import collect_provenance
 from vllm_effplugin.errors import ConfigError, UnsupportedError
-from vllm_effplugin.offline import require_vllm, run_with_engine
+from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.preparation.backbone import Backbone, load_backbone
 from vllm_effplugin.preparation.base import (
-    check_unprepared,
     fingerprint,
-    load_tokenizer,
     stored_dtype,
 )
-from vllm_effplugin.preparation.precision import Precision
-from vllm_effplugin.preparation.tables import print_whole
-from vllm_effplugin.preparation.workdir import WorkDirectory
-from vllm_effplugin.techniques.joint_exit import candidates as points
-from vllm_effplugin.techniques.joint_exit.candidates import Answers, Candidate, Held
-from vllm_effplugin.techniques.joint_exit.classifier import (
+from vllm_effplugin.preparation.classifier import (
+    check_classifiable,
     classes_of,
     classifier_architecture,
     has_softmax,
     own_head,
     write_classifier,
+    write_stock,
 )
+from vllm_effplugin.preparation.labelled import (
+    Data,
+    DataSettings,
+    digest,
+    read_data,
+    tokenized_data,
+)
+from vllm_effplugin.preparation.precision import Precision
+from vllm_effplugin.preparation.states import capture
+from vllm_effplugin.preparation.tables import print_whole
+from vllm_effplugin.preparation.workdir import WorkDirectory
+from vllm_effplugin.techniques.joint_exit import candidates as points
+from vllm_effplugin.techniques.joint_exit.candidates import Answers, Candidate, Held
 from vllm_effplugin.techniques.joint_exit.config import ConformalLevel
-from vllm_effplugin.techniques.joint_exit.data import Data, DataSettings, read_data, tokenized
-from vllm_effplugin.techniques.joint_exit.features import capture
 from vllm_effplugin.techniques.joint_exit.finetune import FineTuner, FineTuneSettings
 from vllm_effplugin.techniques.joint_exit.measure import Speed, measure
 from vllm_effplugin.techniques.joint_exit.report import (
@@ -161,16 +163,17 @@ def prepare(
     require_output(out, overwrite=overwrite)
     config = read_model_config(model)
     architecture = classifier_architecture(config)
-    _check_model(model, config, request)
+    check_classifiable(model, config, request.data.max_length)
+    _check_head(model, config, request)
     num_layers = int(config["num_hidden_layers"])
     depths = _depths(request, num_layers)
     data = read_data(request.data, classes_of(config) if is_classifier(config) else None)
     out = out.absolute()
     work = WorkDirectory(
         work_dir or out.with_name(f".{out.name}.work"),
-        fingerprint(model, None, {**_decides_states(request), "texts": _digest(data)}),
+        fingerprint(model, None, {**_decides_states(request), "texts": digest(data)}),
     )
-    sequences = _tokenized(model, data, request.data.max_length)
+    sequences = tokenized_data(model, data, request.data.max_length)
     if len(data.dev) < FEW_HELD_OUT:
         logger.warning(
             "%d held-out rows are few to choose on: expect other accuracies on other texts",
@@ -240,7 +243,9 @@ def prepare(
         "detached_or_not": [report.model_dump() for report in ablation],
     }
     if taken is None:
-        _write_stock(stock, out, provenance, plot, work.folder, overwrite=overwrite)
+        write_stock(
+            stock, out, provenance, {"frontier.png": plot}, work.folder, overwrite=overwrite
+        )
     else:
         taken = taken.only_used()
         figures = exit_figures(taken, labels, num_layers)
@@ -264,27 +269,12 @@ def prepare(
     return Outcome(chosen, reports)
 
 
-def _check_model(model: Path, config: dict[str, Any], request: ClassifyRequest) -> None:
-    require_vllm()
-    check_unprepared(model, config, "--max-length", request.data.max_length)
-    if config.get("is_causal") is False and config["model_type"] != "bert":
-        raise UnsupportedError(
-            f"{model} attends both ways (`is_causal`: false), which exits of a decoder do not"
-        )
+def _check_head(model: Path, config: dict[str, Any], request: ClassifyRequest) -> None:
     if request.tune is None and is_classifier(config) and not has_softmax(config):
         raise UnsupportedError(
             f"{model} gives no softmax over its classes (`problem_type` or `activation_fn` in its "
             "config.json), which gates and prediction sets rest on: give --lora, which trains "
             "another head, or its base model"
-        )
-    if len(set(config.get("layer_types") or ())) > 1:
-        raise UnsupportedError(
-            f"{model} mixes kinds of attention layers, which exits do not support"
-        )
-    if torch.cuda.is_available():
-        raise UnsupportedError(
-            "exits are served on CPUs only so far: prepare them on the CPU machine that will serve "
-            "them (its speed decides what pays), or set CUDA_VISIBLE_DEVICES="
         )
 
 
@@ -316,14 +306,6 @@ def _heads_stage(request: ClassifyRequest) -> str:
     return f"heads-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
-def _digest(data: Data) -> str:
-    """Of the texts and labels, with which work has to be thrown away."""
-    found = hashlib.sha256(json.dumps(data.classes).encode())
-    for part in (data.train, data.dev):
-        found.update(json.dumps([part.texts, part.labels.tolist()]).encode())
-    return found.hexdigest()
-
-
 def _warn_of_surprises(full: MethodReport, labels: Tensor) -> None:
     """Where the full model itself is not what it is taken for."""
     most_frequent = float(labels.bincount().max() / len(labels))
@@ -340,14 +322,6 @@ def _warn_of_surprises(full: MethodReport, labels: Tensor) -> None:
             "and prediction sets below are not what it will serve",
             full.same,
         )
-
-
-def _tokenized(model: Path, data: Data, max_length: int) -> dict[str, list[list[int]]]:
-    tokenizer = load_tokenizer(model)
-    return {
-        name: tokenized(tokenizer, examples.texts, max_length)
-        for name, examples in (("train", data.train), ("dev", data.dev))
-    }
 
 
 # --- Stages --------------------------------------------------------------------------------------
@@ -558,28 +532,3 @@ def _conformal(
                 coverage,
             ),
         )
-
-
-def _write_stock(
-    stock: Path,
-    out: Path,
-    provenance: dict[str, Any],
-    plot: bytes,
-    passing: Path,
-    *,
-    overwrite: bool,
-) -> None:
-    """Write the classifier without exits.
-
-    Args:
-        plot: of what was measured.
-        passing: a folder that will not last.
-    """
-    with staged_directory(out, overwrite=overwrite) as staging:
-        for source in stock.iterdir():
-            if source.is_file() and source.name != PROVENANCE:
-                link(source, staging / source.name, passing)
-        (staging / EXTRA_FOLDER).mkdir()
-        (staging / EXTRA_FOLDER / "frontier.png").write_bytes(plot)
-        text = json.dumps(provenance, indent=2) + "\n"
-        (staging / PROVENANCE).write_text(text, encoding="utf-8")

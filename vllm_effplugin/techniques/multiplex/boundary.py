@@ -31,12 +31,16 @@ class MergeBoundary:
     Args:
         config: sizes of groups, and who merges with whom.
         slots: requests that the runner may hold.
+
+    Attributes:
+        sizes: those that are formed; all by default.
     """
 
     multiplexers: nn.ModuleDict
 
     def __init__(self, config: MultiplexConfig, slots: int) -> None:
         self.config = config
+        self.sizes = config.sizes
         self._tenant: list[str | None] = [None] * slots
 
     def admit(self, slot: int, extra: Mapping[str, Any] | None) -> None:
@@ -50,13 +54,13 @@ class MergeBoundary:
     def may_merge(self, rows: Rows) -> bool:
         """Whether a step has sequences enough for a group."""
         tenants = Counter(tenant for tenant in self._tenants(rows) if tenant is not None)
-        return max(tenants.values(), default=0) >= self.config.sizes[0]
+        return max(tenants.values(), default=0) >= self.sizes[0]
 
     def groups(self, rows: Rows, alive: np.ndarray) -> list[tuple[int, ...]]:
         """Which of the rows that are left run as one: tuples of indices into `alive`."""
         tenants = self._tenants(rows)
         return form_groups(
-            rows.lengths[alive].tolist(), [tenants[row] for row in alive], self.config.sizes
+            rows.lengths[alive].tolist(), [tenants[row] for row in alive], self.sizes
         )
 
     def _tenants(self, rows: Rows) -> list[str | None]:

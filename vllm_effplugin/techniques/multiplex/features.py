@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from vllm_effplugin.preparation.backbone import Backbone, padded
 from vllm_effplugin.preparation.precision import Precision, autocast
-from vllm_effplugin.techniques.joint_exit.features import length_batches
+from vllm_effplugin.preparation.states import length_batches
 
 
 class Lower:

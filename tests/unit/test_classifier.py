@@ -16,7 +16,7 @@ from tests.tiny import BERT, make_checkpoint, make_classifier
 from vllm_effplugin.config.checkpoint import base_tensors, link, read_model_config
 from vllm_effplugin.errors import CheckpointError, ConfigError
 from vllm_effplugin.preparation.backbone import load_backbone, padded
-from vllm_effplugin.techniques.joint_exit.classifier import (
+from vllm_effplugin.preparation.classifier import (
     classes_of,
     classifier_architecture,
     has_softmax,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from vllm_effplugin.errors import ConfigError, UnsupportedError
+from vllm_effplugin.preparation.base import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,14 @@ def _others(all_rows: Examples, held_out: Tensor, train: Tensor) -> Examples:
     if not kept:
         raise ConfigError("every held-out row's text is among the training rows: give --dev")
     return all_rows.at(torch.tensor(kept))
+
+
+def digest(data: Data) -> str:
+    """Of the texts and labels, with which unfinished work has to be thrown away."""
+    found = hashlib.sha256(json.dumps(data.classes).encode())
+    for part in (data.train, data.dev):
+        found.update(json.dumps([part.texts, part.labels.tolist()]).encode())
+    return found.hexdigest()
 
 
 def read_rows(source: str, option: str, settings: DataSettings) -> list[dict[str, Any]]:
@@ -283,3 +293,17 @@ def tokenized(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[lis
         if not ids:
             raise ConfigError(f"the text {text!r} has no tokens")
     return found
+
+
+def tokenized_data(model: Path, data: Data, max_length: int) -> dict[str, list[list[int]]]:
+    """Token ids of the training texts (`train`) and of the held-out ones (`dev`).
+
+    Raises:
+        ConfigError: a text without any.
+        CheckpointError: a model without a tokenizer.
+    """
+    tokenizer = load_tokenizer(model)
+    return {
+        name: tokenized(tokenizer, examples.texts, max_length)
+        for name, examples in (("train", data.train), ("dev", data.dev))
+    }

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import pytest
 
 from vllm_effplugin.errors import ConfigError, UnsupportedError
+from vllm_effplugin.preparation.labelled import DataSettings, read_data
 from vllm_effplugin.techniques.joint_exit.command import classify
-from vllm_effplugin.techniques.joint_exit.data import DataSettings, read_data
 
 
 def jsonl(path: Path, rows: list[Any]) -> str:

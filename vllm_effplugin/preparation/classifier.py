@@ -6,7 +6,7 @@ It is what a checkpoint with exits falls back to, and what stock vLLM serves as 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_effplugin.config import CLASSIFIERS
+from vllm_effplugin.config import CLASSIFIERS, EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import (
+    EXTRA_FOLDER,
+    PROVENANCE,
     is_classifier,
     link,
     read_model_config,
+    staged_directory,
     stored_tensors,
 )
-from vllm_effplugin.errors import CheckpointError, ConfigError
+from vllm_effplugin.errors import CheckpointError, ConfigError, UnsupportedError
+from vllm_effplugin.offline import require_vllm
 from vllm_effplugin.preparation.backbone import Backbone, load_backbone
-from vllm_effplugin.preparation.base import stored_dtype
+from vllm_effplugin.preparation.base import check_unprepared, stored_dtype
 
 INDEX = "model.safetensors.index.json"
 BACKBONE_FILE = "backbone.safetensors"
@@ -52,6 +56,41 @@ def classifier_architecture(config: dict[str, Any]) -> str:
             return classifier
     families = ", ".join(key.removesuffix("ForSequenceClassification") for key in CLASSIFIERS)
     raise ConfigError(f"architecture {name!r} cannot become a classifier; families are {families}")
+
+
+def check_classifiable(
+    model: Path, config: Mapping[str, Any], max_length: int, *, with_exits: bool = False
+) -> None:
+    """Refuse what cannot become an efficient classifier, or not here.
+
+    Args:
+        max_length: of a text, in tokens.
+        with_exits: whether `prepare classify` may have made it.
+
+    Raises:
+        ConfigError: an efficient checkpoint, or texts that are too long.
+        CheckpointError: no model at `model`.
+        UnsupportedError: vLLM is missing, or a model that exits and merging do not support.
+    """
+    require_vllm()
+    given = dict(config)
+    efficiency = parse_efficiency(given.get("efficiency"))
+    if with_exits and efficiency == EfficiencyConfig(joint_exit=efficiency.joint_exit):
+        given.pop("efficiency", None)
+    check_unprepared(model, given, "--max-length", max_length)
+    if config.get("is_causal") is False and config["model_type"] != "bert":
+        raise UnsupportedError(
+            f"{model} attends both ways (`is_causal`: false), which is not supported of a decoder"
+        )
+    if len(set(config.get("layer_types") or ())) > 1:
+        raise UnsupportedError(
+            f"{model} mixes kinds of attention layers, which exits and merging do not support"
+        )
+    if torch.cuda.is_available():
+        raise UnsupportedError(
+            "exits and merging are served on CPUs only so far: prepare them on the CPU machine "
+            "that will serve them (its speed decides what pays), or set CUDA_VISIBLE_DEVICES="
+        )
 
 
 def own_head(model: Path, config: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
@@ -150,6 +189,32 @@ def write_classifier(
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": files}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_stock(
+    stock: Path,
+    out: Path,
+    provenance: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    passing: Path,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a classifier as it is, where a technique would give nothing.
+
+    Args:
+        files: of the `efficiency` folder, such as plots.
+        passing: a folder that will not last.
+    """
+    with staged_directory(out, overwrite=overwrite) as staging:
+        for source in stock.iterdir():
+            if source.is_file() and source.name != PROVENANCE:
+                link(source, staging / source.name, passing)
+        (staging / EXTRA_FOLDER).mkdir()
+        for name, content in files.items():
+            (staging / EXTRA_FOLDER / name).write_bytes(content)
+        text = json.dumps(provenance, indent=2) + "\n"
+        (staging / PROVENANCE).write_text(text, encoding="utf-8")
 
 
 def _weight_files(model: Path) -> list[Path]:
