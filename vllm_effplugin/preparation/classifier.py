@@ -23,6 +23,7 @@ from vllm_effplugin.config.checkpoint import (
     link,
     read_model_config,
     staged_directory,
+    stock_architecture,
     stored_tensors,
 )
 from vllm_effplugin.errors import CheckpointError, ConfigError, UnsupportedError
@@ -48,8 +49,8 @@ def classifier_architecture(config: dict[str, Any]) -> str:
         ConfigError: for a family that is not supported, naming those that are.
     """
     name = (config.get("architectures") or ["(none)"])[0]
-    if name in CLASSIFIERS:
-        return name
+    if is_classifier(config):
+        return stock_architecture(config)
     for suffix in _LANGUAGE_MODEL:
         classifier = f"{name.removesuffix(suffix)}ForSequenceClassification"
         if name.endswith(suffix) and classifier in CLASSIFIERS:
