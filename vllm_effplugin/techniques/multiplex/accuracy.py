@@ -112,7 +112,7 @@ def grouped_probabilities(
             states = composite_states(
                 backbone, layer, hidden.to(device), lengths.to(device), lower.depth
             )
-            read = backbone.pooled(states)
+            read = backbone.pooled(states.to(backbone.model.dtype))
         logits = torch.nn.functional.linear(
             read.float(), weight.float().to(device), None if bias is None else bias.float()
         )

@@ -79,11 +79,12 @@ def composite_states(
     groups, size, positions, _ = hidden.shape
     present = torch.arange(positions, device=hidden.device) < lengths[..., None]
     merged = layer.merge(
-        hidden.transpose(0, 1).flatten(1, 2), present.transpose(0, 1).flatten(1, 2)
+        hidden.float().transpose(0, 1).flatten(1, 2), present.transpose(0, 1).flatten(1, 2)
     ).unflatten(0, (groups, positions))
-    states = backbone.above(merged, lengths.amax(1), depth)
+    # The multiplexers are trained in fp32, the backbone is what it is.
+    states = backbone.above(merged.to(backbone.model.dtype), lengths.amax(1), depth)
     rows = torch.arange(groups, device=hidden.device)[:, None].expand(groups, size)
-    return layer.answers(states[rows, backbone.places(lengths)])
+    return layer.answers(states[rows, backbone.places(lengths)].float())
 
 
 class MultiplexTrainer(Trainer):
@@ -145,8 +146,7 @@ class MultiplexTrainer(Trainer):
             states = composite_states(
                 self._backbone, layer, hidden.to(device), lengths.to(device), self._lower.depth
             )
-            read = self._backbone.pooled(states)
-        read = read.float()
+            read = self._backbone.pooled(states.to(self._backbone.model.dtype)).float()
         labels = self._labels[members].to(device)
         teacher = self._teacher[members].to(device).float()
         logits = functional.linear(read, self._weight, self._bias)
