@@ -1,0 +1,403 @@
+"""Classifiers that merge sequences (RevMUX) against stock vLLM's `/classify`.
+
+    EFFPLUGIN_DATA=DIR python benchmarks/multiplex.py --quick --json result.json
+
+Case names: `multiplex/n<N>/l<l>/<input>`, adapters that are not trained, for their speed: inputs of
+64 or 256 tokens, or `mixed` ones of 32 to 256, all submitted at once; `ideal` is the gain if
+merging itself cost nothing, `L / (l + (L - l) / N)`. `multiplex/poisson/<load>`: requests arrive at
+that multiple of what stock vLLM can answer; milliseconds from arrival to answer.
+`multiplex/<task>/<point>`: trained ones, on rows that neither training nor choosing saw: `accuracy`
+is the mean over ten groupings, `spread` their standard deviation, `difference` the accuracy less
+that of the same rows alone with its standard error, `flips` how often a text's class changes with
+its partners. `exits_n2` puts merging behind the exits of a tuned classifier.
+
+The first run prepares the checkpoints: a quarter of an hour per trained case.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from classification import TASKS, Recipe, Rows, build_minilm
+from harness import (
+    CACHE,
+    Case,
+    Engine,
+    EngineProcess,
+    EngineSpec,
+    Metric,
+    argument_parser,
+    main,
+    select,
+)
+from layer_parallel import build_smollm2
+
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.config.checkpoint import staged_directory, write_checkpoint
+from vllm_effplugin.preparation.classifier import write_classifier
+from vllm_effplugin.techniques.multiplex.accuracy import GROUPINGS, company
+from vllm_effplugin.techniques.multiplex.config import MULTIPLEXERS, MultiplexConfig
+from vllm_effplugin.techniques.multiplex.layers import Multiplexer
+from vllm_effplugin.techniques.multiplex.request import multiplex_pooling_params
+
+FOLDER = CACHE / "benchmarks" / "multiplex"
+LAYERS, HIDDEN = 30, 576
+"""Of SmolLM2-135M."""
+
+QUEUE = 256
+"""Sequences that are submitted at once, of 64 tokens; fewer of longer ones."""
+
+SIZES, DEPTHS = (2, 4), (0, 6, 15)
+LOADS = (0.3, 0.7, 1.2)
+POISSON_SECONDS = 20.0
+
+# --- Metrics --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Random inputs."""
+
+    shortest: int
+    longest: int
+
+    def prompts(self, engine: Engine) -> list[list[int]]:
+        """About as many tokens in all, whatever the lengths; the same at every call."""
+        rng = random.Random(0)
+        count = QUEUE * 64 * 2 // (self.shortest + self.longest)
+        lengths = [rng.randint(self.shortest, self.longest) for _ in range(count)]
+        return [[rng.randrange(engine.vocab_size) for _ in range(n)] for n in lengths]
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Sequences per second, all submitted at once."""
+
+    lengths: Lengths
+
+    def __call__(self, engine: Engine) -> float:
+        prompts = [{"prompt_token_ids": ids} for ids in self.lengths.prompts(engine)]
+        start = time.perf_counter()
+        engine.llm.classify(prompts, use_tqdm=False)
+        return len(prompts) / (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A percentile of the milliseconds from a request's arrival to its answer.
+
+    Arrivals are a Poisson process, the same for both engines. A request that arrives while a step
+    runs waits for it, as in a server.
+    """
+
+    lengths: Lengths
+    rate: float
+    percentile: int
+
+    def __call__(self, engine: Engine) -> float:
+        # Both percentiles are of one run: the first one asked for makes it.
+        kept = engine.kept.setdefault(f"poisson {self.rate}", [])
+        if not kept:
+            kept.append(self._run(engine))
+            return float(np.percentile(kept[0], self.percentile))
+        return float(np.percentile(kept.pop(), self.percentile))
+
+    def _run(self, engine: Engine) -> list[float]:
+        from vllm import PoolingParams
+
+        rng = random.Random(1)
+        prompts = self.lengths.prompts(engine)
+        arrivals, at = [], 0.0
+        while at < POISSON_SECONDS:
+            at += rng.expovariate(self.rate)
+            arrivals.append(at)
+        core = engine.llm.llm_engine
+        due = dict(enumerate(arrivals))
+        waiting = list(reversed(arrivals))
+        finished: dict[int, float] = {}
+        names: dict[str, int] = {}
+        start = time.perf_counter()
+        while len(finished) < len(arrivals):
+            now = time.perf_counter() - start
+            while waiting and waiting[-1] <= now:
+                number = len(names)
+                name = f"poisson-{id(finished)}-{number}"
+                names[name] = number
+                ids = prompts[number % len(prompts)]
+                params = PoolingParams(task="classify")
+                core.add_request(name, {"prompt_token_ids": ids}, params)
+                waiting.pop()
+            if not core.has_unfinished_requests():
+                time.sleep(max(0.0, waiting[-1] - (time.perf_counter() - start)))
+                continue
+            for output in core.step():
+                number = names[output.request_id]
+                finished[number] = time.perf_counter() - start - due[number]
+        return [1e3 * seconds for seconds in finished.values()]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One figure of the answers to labelled texts in several orders; asked for once per engine."""
+
+    rows: Rows
+    figure: str
+
+    def __call__(self, engine: Engine) -> float:
+        if self.rows.file not in engine.kept:
+            engine.kept[self.rows.file] = self._figures(engine)
+        return float(engine.kept[self.rows.file][self.figure])
+
+    def _figures(self, engine: Engine) -> dict[str, float]:
+        texts, labels = self.rows.read()
+        if not hasattr(engine.llm.llm_engine.model_config.hf_config, "efficiency"):
+            right = _classes(engine, texts, None) == labels
+            return {"accuracy": float(right.mean()), "spread": 0.0, "flips": 0.0}
+        alone = _classes(engine, texts, multiplex_pooling_params(mux=False))
+        rng = np.random.default_rng(0)
+        answers = []
+        for _ in range(GROUPINGS):
+            order = rng.permutation(len(texts))
+            found = np.empty(len(texts), dtype=int)
+            found[order] = _classes(engine, [texts[i] for i in order], None)
+            answers.append(found)
+        return vars(company(np.stack(answers), alone, labels))
+
+
+def _classes(engine: Engine, texts: Sequence[str], params: Any) -> np.ndarray:
+    outputs = engine.llm.classify(list(texts), pooling_params=params, use_tqdm=False)
+    return np.array([np.argmax(output.outputs.probs) for output in outputs])
+
+
+@dataclass(frozen=True)
+class TextThroughput:
+    """Texts classified per second, all of them submitted at once."""
+
+    rows: Rows
+    count: int = 512
+
+    def __call__(self, engine: Engine) -> float:
+        texts = self.rows.read()[0][: self.count]
+        start = time.perf_counter()
+        engine.llm.classify(texts, use_tqdm=False)
+        return len(texts) / (time.perf_counter() - start)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def build_untrained(smollm2: Path) -> Path:
+    """SmolLM2 with a classification head of random weights."""
+    folder = FOLDER / "classifier"
+    if not folder.exists():
+        torch.manual_seed(0)
+        with staged_directory(folder, overwrite=False) as staging:
+            write_classifier(
+                smollm2,
+                staging,
+                "LlamaForSequenceClassification",
+                ("negative", "positive"),
+                0.02 * torch.randn(2, HIDDEN),
+                None,
+            )
+    return folder
+
+
+def untrained(size: int, depth: int) -> Path:
+    """Where the classifier with multiplexers of random weights is."""
+    return FOLDER / f"untrained-n{size}-l{depth}"
+
+
+def build_multiplexer(base: Path, size: int, depth: int) -> None:
+    """Make it, unless it is there."""
+    if untrained(size, depth).exists():
+        return
+    torch.manual_seed(0)
+    layer = Multiplexer(HIDDEN, size)
+    layer.initialise()
+    tensors = {f"{MULTIPLEXERS}.{size}.{n}": t for n, t in layer.state_dict().items()}
+    multiplex = MultiplexConfig(depth=depth, sizes=(size,))
+    write_checkpoint(
+        base,
+        untrained(size, depth),
+        EfficiencyConfig(multiplex=multiplex),
+        tensors=tensors,
+        provenance={},
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `effplugin prepare multiplex` is asked for."""
+
+    recipe: Recipe
+    """Of the classifier that it starts from."""
+    method: str
+    """Which of the recipe's checkpoints that is."""
+    sizes: str
+    depth: int
+    most_loss: float = 0.2
+    """Of accuracy: here everything is shown, and nothing chosen."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where it is kept."""
+        name = f"{self.recipe.stem}-{self.method}-n{self.sizes}-l{self.depth}"
+        return FOLDER / name
+
+    def prepare(self, data: Path) -> None:
+        """Make it, unless it is there."""
+        self.recipe.prepare(sorted({"final", self.method}), data)
+        if (self.checkpoint / "provenance.json").exists():
+            return
+        base = self.recipe.checkpoint(self.method)
+        command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "multiplex"]
+        command += [str(base), str(self.checkpoint), "--n", self.sizes]
+        command += ["--mux-layer", str(self.depth), "--max-loss", str(self.most_loss)]
+        command += ["--train", str(data / self.recipe.task.name / "train.jsonl"), "--overwrite"]
+        subprocess.run(command, check=True)
+
+
+# --- Cases ----------------------------------------------------------------------------------------
+
+
+def spec(checkpoint: Path, *, texts: bool = False) -> EngineSpec:
+    """An engine."""
+    options: dict[str, Any] = {"max_model_len": 512}
+    if texts:
+        options["skip_tokenizer_init"] = False
+    return EngineSpec(str(checkpoint), options=options)
+
+
+def speed_cases(smollm2: Path) -> list[Case]:
+    """A full queue, with adapters that are not trained."""
+    stock = spec(FOLDER / "classifier")
+    found = []
+    for size in SIZES:
+        for depth in DEPTHS:
+            inputs = {"len64": Lengths(64, 64), "len256": Lengths(256, 256)}
+            if depth == 6:
+                inputs["mixed"] = Lengths(32, 256)
+            for name, lengths in inputs.items():
+                found.append(
+                    Case(
+                        f"multiplex/n{size}/l{depth}/{name}",
+                        stock,
+                        spec(untrained(size, depth)),
+                        (Metric("requests_s", Throughput(lengths), better="higher"),),
+                        quick=True,
+                    )
+                )
+    return found
+
+
+def poisson_cases(capacity: float) -> list[Case]:
+    """Requests that arrive one by one.
+
+    Args:
+        capacity: of stock vLLM, in requests per second.
+    """
+    lengths = Lengths(32, 256)
+    return [
+        Case(
+            f"multiplex/poisson/{load}",
+            spec(FOLDER / "classifier"),
+            spec(untrained(2, 6)),
+            tuple(
+                Metric(f"p{p}_ms", Latency(lengths, load * capacity, p), better="lower")
+                for p in (50, 99)
+            ),
+            quick=True,
+        )
+        for load in LOADS
+    ]
+
+
+def trained_cases(smollm2: Path, minilm: Path, data: Path) -> list[tuple[Case, Trained]]:
+    """Accuracy and speed of trained adapters."""
+    found = []
+
+    def add(name: str, trained: Trained, *, quick: bool = False) -> None:
+        rows = Rows(str(data / trained.recipe.task.name / f"{trained.recipe.task.test}.jsonl"))
+        figures = ("spread", "flips", "difference", "difference_se")
+        metrics = (
+            Metric("requests_s", TextThroughput(rows), better="higher"),
+            Metric("accuracy", Answers(rows, "accuracy"), better="higher", once=True),
+            *(
+                Metric(figure, Answers(rows, figure), better="lower", once=True, alone=True)
+                for figure in figures
+            ),
+        )
+        base = spec(trained.recipe.checkpoint("final"), texts=True)
+        case = Case(
+            f"multiplex/{name}", base, spec(trained.checkpoint, texts=True), metrics, quick=quick
+        )
+        found.append((case, trained))
+
+    for task in TASKS.values():
+        recipe = Recipe(task, "smollm2", smollm2)
+        add(f"{task.name}/n2/l15", Trained(recipe, "final", "2", 15), quick=task.name == "sst2")
+        add(f"{task.name}/n4/l15", Trained(recipe, "final", "4", 15))
+    sst2 = TASKS["sst2"]
+    add("sst2-minilm/n2/l3", Trained(Recipe(sst2, "minilm", minilm), "final", "2", 3))
+    tuned = Recipe(sst2, "smollm2", smollm2, lora=True)
+    add("sst2/exits_n2", Trained(tuned, "jei", "2", 16), quick=True)
+    return found
+
+
+def stock_capacity() -> float:
+    """Requests per second that stock vLLM answers from a full queue of the Poisson cases' kind."""
+    with tempfile.TemporaryDirectory() as logs:
+        engine = EngineProcess(spec(FOLDER / "classifier"), Path(logs) / "capacity.log")
+        try:
+            engine.wait_ready()
+            measure = Throughput(Lengths(32, 256))
+            return float(np.median([engine.measure(measure) for _ in range(4)][1:]))
+        finally:
+            engine.close()
+
+
+if __name__ == "__main__":
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--model", type=Path, default=CACHE / "smollm2", help="SmolLM2 checkpoint directory"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("EFFPLUGIN_DATA"),
+        help="folder of the data sets",
+    )
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error("give --data DIR, or set EFFPLUGIN_DATA")
+    encoder = CACHE / "minilm"
+    trained = trained_cases(arguments.model, encoder, arguments.data)
+    speed, poisson = speed_cases(arguments.model), poisson_cases(1.0)
+    everything = [*speed, *poisson, *(case for case, _ in trained)]
+    chosen = select(everything, arguments.cases, quick=arguments.quick)
+    if not arguments.list:
+        build_smollm2(arguments.model)
+        base = build_untrained(arguments.model)
+        for size in SIZES:
+            for depth in DEPTHS:
+                build_multiplexer(base, size, depth)
+        if any("minilm" in case.path for case in chosen):
+            build_minilm(encoder)
+        for case, one in trained:
+            if case in chosen:
+                one.prepare(arguments.data)
+        if any(case in chosen for case in poisson):
+            poisson = poisson_cases(stock_capacity())
+    sys.exit(main(arguments, [*speed, *poisson, *(case for case, _ in trained)]))
