@@ -77,3 +77,26 @@ def test_every_layer_runs_once_and_in_order(layers, start, length, size, cuts):
         assert segment.layers[-1] == boundary.after
     saved = sum(len(unit.layers) - 1 for unit in made.groups)
     assert made.depth == layers - saved
+
+
+@pytest.mark.parametrize(
+    ("block", "described"),
+    [
+        ({"multiplex": {"depth": 0, "sizes": [2]}}, "- | 0-11"),
+        ({"multiplex": {"depth": 5, "sizes": [2]}}, "0-4 | 5-11"),
+        (
+            {"joint_exit": {"exits": [{"depth": 3}]}, "multiplex": {"depth": 5, "sizes": [2]}},
+            "0-2 | 3-4 | 5-11",
+        ),
+        (
+            {"joint_exit": {"exits": [{"depth": 5}]}, "multiplex": {"depth": 5, "sizes": [2]}},
+            "0-4 | - | 5-11",
+        ),
+    ],
+)
+def test_where_sequences_merge(block: dict[str, Any], described: str) -> None:
+    plan = build_plan(parse_efficiency(block), 12)
+    assert plan.describe() == described
+    assert plan.boundaries[-1] == Boundary(block["multiplex"]["depth"] - 1, "merge")
+    assert plan.has_sequences
+    assert len(plan.segments) == len(plan.boundaries) + 1
