@@ -63,21 +63,16 @@ def test_a_wrong_block(block: dict[str, Any], problem: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "problem"),
+    ("depth", "others", "problem"),
     [
-        ({}, "depth 12 leaves none"),
-        (
-            {"joint_exit": {"exits": [{"depth": 3}]}, "multiplex": {"depth": 2, "sizes": [2]}},
-            r"\[3\]",
-        ),
-        (
-            {"layer_parallel": {"groups": [[1, 2]]}, "multiplex": {"depth": 4, "sizes": [2]}},
-            "layer_p",
-        ),
+        (12, {}, "depth 12 leaves none"),
+        (2, {"joint_exit": {"exits": [{"depth": 3}]}}, r"\[3\]"),
+        (4, {"layer_parallel": {"groups": [[1, 2]]}}, "layer_parallel"),
+        (4, {"split_after": [2]}, "split_after"),
     ],
 )
-def test_what_does_not_go_together(others: dict[str, Any], problem: str) -> None:
-    block = {"multiplex": {"depth": 12, "sizes": [2]}, **others}
+def test_what_does_not_go_together(depth: int, others: dict[str, Any], problem: str) -> None:
+    block = {"multiplex": {"depth": depth, "sizes": [2]}, **others}
     with pytest.raises(ConfigError, match=problem):
         parse_efficiency(block).validate_for(12)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.errors import ConfigError
-from vllm_effplugin.plan import Plan, build_plan
+from vllm_effplugin.plan import Boundary, Plan, build_plan
 
 
 def plan(layers: int, **block) -> Plan:
