@@ -24,7 +24,8 @@ from vllm_effplugin.techniques.joint_exit.candidates import (
 from vllm_effplugin.techniques.joint_exit.config import HEADS
 from vllm_effplugin.techniques.joint_exit.distribution import exits_taken
 from vllm_effplugin.techniques.joint_exit.measure import Speed
-from vllm_effplugin.techniques.joint_exit.prepare import choose
+from vllm_effplugin.techniques.joint_exit.prepare import choose, warn_of_other_classes
+from vllm_effplugin.techniques.joint_exit.report import MethodReport
 from vllm_effplugin.techniques.joint_exit.training import Joint, JointTrainer, TrainSettings
 
 DEPTHS, LAYERS = (4, 8), 12
@@ -274,3 +275,17 @@ def test_temperatures_fit_those_that_leave(trainer: JointTrainer) -> None:
     exit = candidate.answers.exits == 0
     logits = sharp.logits(sample.states)[0][exit] / better.config.exits[0].temperature
     torch.testing.assert_close(better.answers.probabilities[exit], logits.softmax(-1))
+
+
+def test_a_point_that_vllm_classifies_otherwise_is_warned_of(caplog) -> None:
+    """Rounding in bf16 may outweigh what early states of a model differ by."""
+    report = MethodReport(
+        method="joint", name="b=1", accuracy=0.8, difference=0.0, error=0.0, layers=0.5, ece=0.0
+    )
+    with caplog.at_level("WARNING"):
+        warn_of_other_classes(report)
+        warn_of_other_classes(report.model_copy(update={"same": 0.985}))
+        assert not caplog.records
+        warn_of_other_classes(report.model_copy(update={"same": 0.9}))
+    assert "b=1" in caplog.text
+    assert "0.900" in caplog.text

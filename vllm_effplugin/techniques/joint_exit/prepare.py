@@ -218,6 +218,8 @@ def prepare(
     ]
     taken = chosen.get(write)
     name = "the full model" if taken is None else taken.name
+    if taken is not None:
+        warn_of_other_classes(reports[1 + shown.index(taken)])
     plot = frontier_png(reports, name)
     print_whole(console, methods_table("Held-out sequences", reports, name))
     if ablation:
@@ -334,11 +336,18 @@ def _warn_of_surprises(full: MethodReport, labels: Tensor) -> None:
             full.accuracy,
             most_frequent,
         )
-    if full.same is not None and full.same < SAME:
+    warn_of_other_classes(full)
+
+
+def warn_of_other_classes(report: MethodReport) -> None:
+    """Where vLLM classifies otherwise than the replay that the figures are of."""
+    if report.same is not None and report.same < SAME:
         logger.warning(
-            "vLLM gives the class that was replayed here for %.3f of the texts only: accuracies "
-            "and prediction sets below are not what it will serve",
-            full.same,
+            "%s: vLLM gives the class that was replayed here for %.3f of the texts only, so that "
+            "accuracies and prediction sets are not quite what it will serve (`effplugin eval` "
+            "measures that); --precision fp32 and --dtype float32 would bring them together",
+            report.name,
+            report.same,
         )
 
 
