@@ -345,7 +345,7 @@ def warn_of_other_classes(report: MethodReport) -> None:
         logger.warning(
             "%s: vLLM gives the class that was replayed here for %.3f of the texts only, so that "
             "accuracies and prediction sets are not quite what it will serve (`effplugin eval` "
-            "measures that); --precision fp32 and --dtype float32 would bring them together",
+            "measures that)",
             report.name,
             report.same,
         )
