@@ -278,7 +278,7 @@ def test_temperatures_fit_those_that_leave(trainer: JointTrainer) -> None:
 
 
 def test_a_point_that_vllm_classifies_otherwise_is_warned_of(caplog) -> None:
-    """Rounding in bf16 may outweigh what early states of a model differ by."""
+    """Its figures are of the replay, not of what is served."""
     report = MethodReport(
         method="joint", name="b=1", accuracy=0.8, difference=0.0, error=0.0, layers=0.5, ece=0.0
     )
