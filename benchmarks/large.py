@@ -82,13 +82,12 @@ def cases(model: Path, classifier: Path, half: Path) -> list[Case]:
     pairs = {"start": 1, "end": LAYERS - 1, "group_size": 2}
     found = [
         ("early_exit/100/propagate", early_exit(stock, "propagate", forced(HALF, 100))),
+        ("layer_parallel/fused", layer_parallel(stock, **pairs, schedule="fused")),
         ("early_exit/50/recompute", early_exit(stock, "recompute", forced(HALF, 50))),
         ("early_exit/idle", early_exit(stock, "recompute", NEVER)),
-        ("layer_parallel/fused", layer_parallel(stock, **pairs, schedule="fused")),
     ]
     texts = (Metric("requests_s", Classified(128, 128), better="higher"),)
     return [
-        *(Case(f"large/{name}", stock, ours, METRICS, quick=True) for name, ours in found),
         Case(
             "large/classification/half",
             EngineSpec(str(classifier)),
@@ -96,6 +95,7 @@ def cases(model: Path, classifier: Path, half: Path) -> list[Case]:
             texts,
             quick=True,
         ),
+        *(Case(f"large/{name}", stock, ours, METRICS, quick=True) for name, ours in found),
     ]
 
 
