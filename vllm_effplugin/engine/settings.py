@@ -15,7 +15,7 @@ VERIFYING_EXIT_PARAMS = "vllm_effplugin.engine.params:VerifyingExitParamsV1"
 EXIT_PARAMS_V2 = "vllm_effplugin.engine.params_v2:ExitParamsV2"
 SCHEDULER = "vllm_effplugin.engine.schedulers.salted_scheduler"
 WORKERS = {
-    "cpu": "vllm_effplugin.engine.worker.EffpluginCPUWorker",
+    "cpu": "vllm_effplugin.engine.cpu_worker.EffpluginCPUWorker",
     "cuda": "vllm_effplugin.engine.worker.EffpluginWorker",
 }
 IO_PROCESSOR = "effplugin"

@@ -20,7 +20,9 @@ XFORMERS = "effplugin_xformers"
 
 
 def available(config: PretrainedConfig) -> bool:
-    """Whether xformers can run a model's attention here."""
+    """Whether xformers can run a model's attention here: its kernels take 16 bits only."""
+    if not torch.is_autocast_enabled("cuda"):
+        return False
     kinds = set(getattr(config, "layer_types", None) or ())
     full = kinds <= {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
     return full and torch.cuda.is_available() and importlib.util.find_spec("xformers") is not None
@@ -63,9 +65,13 @@ def attend(
 
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
+    device = query.device.type
+    # Rotary embeddings have turned queries and keys back to fp32.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
     def flat(states: Tensor, repeat: int) -> Tensor:
         """`[1, B S, h, s]`."""
+        states = states.to(dtype)
         states = states.repeat_interleave(repeat, 1) if repeat > 1 else states
         return states.transpose(1, 2).flatten(0, 1)[None]
 
