@@ -87,6 +87,8 @@ def test_blocks_of_xformers_are_the_mask(tiny, family, monkeypatch):
 def test_xformers_computes_the_same(tiny):
     """Under autocast, as in training; in fp32 PyTorch's attention stays."""
     pytest.importorskip("xformers")
+    if not packed._has_kernels():
+        pytest.skip("xformers is there for another PyTorch")
     decoder = Decoder(load_model(tiny()).cuda())
     ids, starts = PACKED.cuda(), packed_starts().cuda()
 

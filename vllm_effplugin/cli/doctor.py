@@ -276,7 +276,7 @@ def _exits(here: Platform) -> Feature:
     if here.name == "cpu":
         return Feature("serve", True, "")
     if here.name == "cuda":
-        return Feature("serve", False, "built and never run: EFFPLUGIN_UNTESTED=1 admits it")
+        return Feature("serve", False, "without CUDA graphs yet: EFFPLUGIN_UNTESTED=1 admits it")
     return Feature("serve", False, f"not on {here.name}")
 
 

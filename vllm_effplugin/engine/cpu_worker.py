@@ -1,7 +1,7 @@
 """The worker of a model with exits on CPU.
 
-Apart from the other, because vLLM's module that is imported here replaces CUDA's streams and events,
-and pinned memory, in the whole process: on a GPU it must never be imported.
+Apart from the other, because vLLM's module that is imported here replaces CUDA's streams, events
+and pinned memory in the whole process: on a GPU it must never be imported.
 """
 
 from __future__ import annotations

@@ -167,6 +167,10 @@ class EfficientBertModel(BertPoolingModel):
             for index, part in enumerate(plan.segments)
         ]
 
+        plain = compiled_part(_bert_stack, "Plain", self, plan.units, vllm_config, prefix)
+        # What is compiled is a submodule: vLLM captures CUDA graphs where it finds one.
+        self.parts = nn.ModuleList([*parts, plain])
+
         def run(part: nn.Module) -> Any:
             return graphs.placed(lambda _, hidden, __: part(hidden))
 
@@ -184,7 +188,7 @@ class EfficientBertModel(BertPoolingModel):
                     for part in before
                 ],
                 to_end=last,
-                plain=compiled_part(_bert_stack, "Plain", self, plan.units, vllm_config, prefix),
+                plain=plain,
                 read=lambda hidden, _: hidden,
                 place="first",
                 graphs=graphs,

@@ -8,7 +8,8 @@ Shapes: `B` sequences, `S` positions, `h` heads of size `s`.
 
 from __future__ import annotations
 
-import importlib.util
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +22,30 @@ XFORMERS = "effplugin_xformers"
 
 def available(config: PretrainedConfig) -> bool:
     """Whether xformers can run a model's attention here: its kernels take 16 bits only."""
-    if not torch.is_autocast_enabled("cuda"):
+    if not (torch.is_autocast_enabled("cuda") and torch.cuda.is_available() and _has_kernels()):
         return False
     kinds = set(getattr(config, "layer_types", None) or ())
-    full = kinds <= {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
-    return full and torch.cuda.is_available() and importlib.util.find_spec("xformers") is not None
+    return kinds <= {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
+
+
+@cache
+def _has_kernels() -> bool:
+    """Whether xformers runs: installed for another PyTorch, it imports and has no kernel."""
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError:
+        return False
+    probe = torch.zeros(1, 8, 1, 32, dtype=torch.bfloat16, device="cuda")
+    try:
+        memory_efficient_attention(probe, probe, probe)
+    except NotImplementedError as error:
+        warnings.warn(
+            f"xformers is installed but has no kernel here ({str(error).splitlines()[0]}): "
+            "PyTorch's attention is used, which is slower",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def document_lengths(starts: Tensor) -> list[int]:
