@@ -260,6 +260,26 @@ def test_those_that_surely_lose_little_are_measured() -> None:
     assert promising(points, full, 0.05, 1) == [lossy, unsure]
 
 
+def test_heads_do_not_go_by_what_rounding_takes_away() -> None:
+    """States of fp32 that a 16-bit engine will compute; those of bf16 have lost it already."""
+    torch.manual_seed(0)
+    labels = torch.randint(2, (2000,))
+    sign = 2.0 * labels - 1
+    # A large entry that hardly varies, and says all; and a small one that says most of it.
+    states = torch.stack([50 + 0.01 * sign, sign + torch.randn(2000)], 1).expand(2, -1, -1)
+    settings = TrainSettings(warm_up_epochs=8)
+
+    def right(states: torch.Tensor, served: torch.Tensor) -> float:
+        heads = JointTrainer(states, labels, 2, [0.5, 1.0], settings).warm_up()
+        answers = heads.logits(served)[0].argmax(-1)
+        return float((answers == labels).float().mean())
+
+    rounded = states.to(torch.bfloat16)
+    assert (rounded[0, :, 0] == 50).all()
+    assert right(rounded, rounded.float()) == pytest.approx(0.84, abs=0.02)
+    assert right(states, rounded.float()) == pytest.approx(0.84, abs=0.02)
+
+
 def test_temperatures_fit_those_that_leave(trainer: JointTrainer) -> None:
     sample, heads = held(), trainer.warm_up()
     sharp = Joint(4 * heads.weight, 4 * heads.bias, heads.gate_weight, heads.gate_bias)
