@@ -9,7 +9,9 @@ learnt together with the heads (`jei`), and the same on a backbone that LoRA has
 (`jei_lora`). The baseline is stock vLLM on the same backbone with a head trained on the same rows;
 that of `jei_lora` is the tuned backbone.
 
-The first run prepares the checkpoints: some minutes per task, LoRA a quarter of an hour.
+Engines compute in bf16, BERT's too, which vLLM would by itself run in fp16: on most CPUs that is
+several times slower. The first run prepares the checkpoints: ten minutes per task, LoRA half an
+hour and more.
 `accuracy`, `ece` and `mean_depth` are of SST-2's 4,000 `valid` rows (other tasks: `dev`), which
 neither training nor choosing saw; `difference` is accuracy against the full model's on the same
 rows, with its standard error, and `ece_difference` the same of calibration error; `coverage_90` is

@@ -401,6 +401,8 @@ def _start_engine(spec: EngineSpec) -> Engine:
     import torch
 
     cuda = torch.cuda.is_available()
+    # After that look at CUDA no forked process can use it.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
     if not cuda:
         os.environ.update(cpu_environment(spec.tensor_parallel, os.sched_getaffinity(0)))
         # On CPU vLLM 0.32 writes ahead-of-time artifacts that it cannot load again; without them
@@ -413,8 +415,8 @@ def _start_engine(spec: EngineSpec) -> Engine:
         # Weights in huge pages. In small ones their speed depends on where each process happened to
         # get its memory: the same engine against itself then gave ratios up to 1.13.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # Two engines share a GPU's memory, so each takes less than half.
-    memory = {"gpu_memory_utilization": 0.42} if cuda else {}
+    # Two engines share a GPU's memory. They start together, so neither may measure what is free.
+    memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 * 2**30} if cuda else {}
 
     from vllm import LLM
 
@@ -538,7 +540,11 @@ class Engines:
 
 
 def run(
-    cases: Sequence[Case], rounds: int, logs: Path, console: Console
+    cases: Sequence[Case],
+    rounds: int,
+    logs: Path,
+    console: Console,
+    measured: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], list[str]]:
     """Run the cases one after another.
 
@@ -549,6 +555,7 @@ def run(
         rounds: per case.
         logs: folder for the engines' output.
         console: for progress and errors.
+        measured: called after every case with all rows so far.
 
     Returns:
         The rows, and the paths of the cases that failed.
@@ -590,6 +597,7 @@ def run(
                     )
                     for metric in case.metrics
                 ]
+                measured(rows)
         finally:
             engines.close()
     return rows, failed
@@ -806,14 +814,19 @@ def main(arguments: argparse.Namespace, cases: Sequence[Case]) -> int:
             return 2
     meta = describe_run(arguments)
     rounds = arguments.rounds or (5 if arguments.quick else 25)
+
+    def save(rows: Sequence[Row]) -> None:
+        if arguments.json is not None:
+            write_json(arguments.json, meta, rows)
+
     with _termination_unwinds():
-        rows, failed = run(chosen, rounds, CACHE / "benchmarks", console)
+        # After every case, so that a run that is cut short has not been for nothing.
+        rows, failed = run(chosen, rounds, CACHE / "benchmarks", console, save)
     meta["failed"] = failed
     table = as_table(rows)
     # As wide as it needs to be: a cut-off figure is worse than a wrapped line.
     Console(width=Console(width=1000).measure(table).maximum).print(table)
-    if arguments.json is not None:
-        write_json(arguments.json, meta, rows)
+    save(rows)
     if arguments.plot is not None:
         plot(arguments.plot, meta, rows)
     return 1 if failed else 0

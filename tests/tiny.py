@@ -124,9 +124,10 @@ def isolated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
-    """A real vLLM engine on CPU: in this process, or over the `mp` executor for `tp` > 1.
+    """A real vLLM engine: in this process, or over the `mp` executor for `tp` > 1.
 
-    In this process its batches depend on the requests alone, not on when they arrive.
+    In this process its batches depend on the requests alone, not on when they arrive. Engines of
+    several tests may share a GPU, so that none measures what is free of it.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -139,10 +140,14 @@ def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     llm = None
+    small: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        small = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 2**28}
     try:
         llm = LLM(
             model=str(model),
             **{
+                **small,
                 "dtype": "float32",
                 "enforce_eager": True,
                 "skip_tokenizer_init": True,

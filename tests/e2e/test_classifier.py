@@ -18,6 +18,7 @@ from tests.engine.test_joint_exit import JOINT, checkpoint
 from tests.tiny import BERT, VOCAB, add_tokenizer, engine, make_checkpoint, make_classifier
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_model_config
 from vllm_effplugin.preparation.labelled import Columns
+from vllm_effplugin.techniques.joint_exit import prepare as preparing
 from vllm_effplugin.techniques.joint_exit.evaluate import evaluate_classifier
 from vllm_effplugin.techniques.joint_exit.prepare import ClassifyRequest, Outcome, prepare
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
@@ -147,7 +148,7 @@ def accuracy(probabilities: list[list[float]], labelled: list[dict[str, Any]]) -
     return sum(right) / len(right)
 
 
-def test_from_a_language_model_to_a_classifier_with_exits(tmp_path):
+def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monkeypatch):
     """One set of states, every method; each is what it says when vLLM serves it."""
     base = make_checkpoint(tmp_path / "base")
     add_tokenizer(base)
@@ -157,7 +158,8 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path):
     outcome = run(base, tmp_path / "joint", asked, **options)
     assert set(outcome.chosen) == {"joint", "threshold", "fixed"}
     assert {report.method for report in outcome.reports} == {*outcome.chosen, "final"}
-    assert all(report.same == 1 and report.requests_s for report in outcome.reports)
+    # In fp16, of texts that random weights leave undecided: one of 32 may differ.
+    assert all(report.same > 0.95 and report.requests_s for report in outcome.reports)
     before = {file: file.stat().st_mtime_ns for file in work.rglob("*.safetensors")}
     plain = asked.model_copy(update={"ablation": False})
     again = run(base, tmp_path / "again", plain, **options)
@@ -171,7 +173,12 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path):
         for each in (outcome, again)
     )
     assert first == second
-    run(base, tmp_path / "fixed", asked, write="fixed", **options)
+    # Whatever vLLM agrees to, it is too little here.
+    with caplog.at_level("WARNING"), monkeypatch.context() as here:
+        here.setattr(preparing, "SAME", 1.01)
+        run(base, tmp_path / "fixed", asked, write="fixed", **options)
+    warned = [record.args[0] for record in caplog.records if "replayed here" in record.msg]
+    assert warned == ["the full model", outcome.chosen["fixed"].name]
     run(base, tmp_path / "final", asked, write="final", work_dir=work)
     assert not work.exists()
     assert before, "the states were not kept"

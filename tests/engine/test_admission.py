@@ -184,11 +184,11 @@ def test_verified_exits_on_runner_v2_are_refused(tiny, monkeypatch):
 
 
 def test_exits_on_gpus_are_refused_unless_asked_for(tiny, monkeypatch):
-    """Built, and never run there."""
+    """With CUDA graphs they never ran."""
     vllm_config = build(tiny(), efficiency=EXITS)
     monkeypatch.setattr(current_platform, "device_type", "cuda")
     vllm_config.parallel_config.worker_cls = "auto"
-    with pytest.raises(UnsupportedError, match=f"cuda.*never run.*{UNTESTED}=1"):
+    with pytest.raises(UnsupportedError, match=f"cuda.*graphs were never run.*{UNTESTED}=1"):
         EfficiencyAdmission.verify_and_update_config(vllm_config)
     monkeypatch.setenv(UNTESTED, "1")
     vllm_config.compilation_config.cudagraph_mode = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,16 @@ from vllm_effplugin.engine.contract import CONTRACT, Interface
 @pytest.mark.parametrize("interface", CONTRACT, ids=lambda interface: interface.name)
 def test_interface(interface):
     assert interface.violation() is None
+
+
+def test_the_gpu_worker_leaves_cuda_alone():
+    """vLLM's CPU worker, once imported, replaces CUDA's streams and events in its process."""
+    code = (
+        "import sys, vllm_effplugin.engine.worker, vllm_effplugin.models.families, "
+        "vllm_effplugin.models.classifiers, vllm_effplugin.engine.registration as here\n"
+        "assert 'vllm.v1.worker.cpu_worker' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_change_is_named():

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 
 from tests.tiny import CLASSES, VOCAB, counters, engine, make_classifier
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
+from vllm_effplugin.engine.settings import UNTESTED
 from vllm_effplugin.preparation.backbone import load_backbone
 from vllm_effplugin.preparation.classifier import own_head
 from vllm_effplugin.techniques.joint_exit.config import HEADS, JointExitConfig
@@ -198,6 +200,27 @@ def test_compiled(classifier, tmp_path, family):
         compare(classify(llm, ids), [plain(each) for each in ids])
         asked = exit_pooling_params(exit=False, exit_report=True)
         compare(classify(llm, ids, asked), [plain(each, exit=False) for each in ids])
+        assert has_compiled_submodule(model_of(llm)), "vLLM would capture no CUDA graphs"
+
+
+def model_of(llm: Any) -> Any:
+    """The model inside an engine of this process."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return worker.model_runner.get_model()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_cuda_graphs(classifier, tmp_path, family, monkeypatch):
+    """vLLM captures none of encoders."""
+    monkeypatch.setenv(UNTESTED, "1")
+    base, ids = classifier(family), prompts()
+    plain = reference(base, JOINT)
+    with serving(base, tmp_path / "exits", JOINT, enforce_eager=False) as llm:
+        compare(classify(llm, ids), [plain(each) for each in ids])
+        sizes = model_of(llm).loop.stack.graphs.sizes
+        assert bool(sizes) == (family != "Bert")
 
 
 def test_chunked_prefill(classifier, tmp_path):

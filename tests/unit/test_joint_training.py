@@ -24,7 +24,8 @@ from vllm_effplugin.techniques.joint_exit.candidates import (
 from vllm_effplugin.techniques.joint_exit.config import HEADS
 from vllm_effplugin.techniques.joint_exit.distribution import exits_taken
 from vllm_effplugin.techniques.joint_exit.measure import Speed
-from vllm_effplugin.techniques.joint_exit.prepare import choose
+from vllm_effplugin.techniques.joint_exit.prepare import choose, warn_of_other_classes
+from vllm_effplugin.techniques.joint_exit.report import MethodReport
 from vllm_effplugin.techniques.joint_exit.training import Joint, JointTrainer, TrainSettings
 
 DEPTHS, LAYERS = (4, 8), 12
@@ -259,6 +260,26 @@ def test_those_that_surely_lose_little_are_measured() -> None:
     assert promising(points, full, 0.05, 1) == [lossy, unsure]
 
 
+def test_heads_do_not_go_by_what_rounding_takes_away() -> None:
+    """States of fp32 that a 16-bit engine will compute; those of bf16 have lost it already."""
+    torch.manual_seed(0)
+    labels = torch.randint(2, (2000,))
+    sign = 2.0 * labels - 1
+    # A large entry that hardly varies, and says all; and a small one that says most of it.
+    states = torch.stack([50 + 0.01 * sign, sign + torch.randn(2000)], 1).expand(2, -1, -1)
+    settings = TrainSettings(warm_up_epochs=8)
+
+    def right(states: torch.Tensor, served: torch.Tensor) -> float:
+        heads = JointTrainer(states, labels, 2, [0.5, 1.0], settings).warm_up()
+        answers = heads.logits(served)[0].argmax(-1)
+        return float((answers == labels).float().mean())
+
+    rounded = states.to(torch.bfloat16)
+    assert (rounded[0, :, 0] == 50).all()
+    assert right(rounded, rounded.float()) == pytest.approx(0.84, abs=0.02)
+    assert right(states, rounded.float()) == pytest.approx(0.84, abs=0.02)
+
+
 def test_temperatures_fit_those_that_leave(trainer: JointTrainer) -> None:
     sample, heads = held(), trainer.warm_up()
     sharp = Joint(4 * heads.weight, 4 * heads.bias, heads.gate_weight, heads.gate_bias)
@@ -274,3 +295,17 @@ def test_temperatures_fit_those_that_leave(trainer: JointTrainer) -> None:
     exit = candidate.answers.exits == 0
     logits = sharp.logits(sample.states)[0][exit] / better.config.exits[0].temperature
     torch.testing.assert_close(better.answers.probabilities[exit], logits.softmax(-1))
+
+
+def test_a_point_that_vllm_classifies_otherwise_is_warned_of(caplog) -> None:
+    """Its figures are of the replay, not of what is served."""
+    report = MethodReport(
+        method="joint", name="b=1", accuracy=0.8, difference=0.0, error=0.0, layers=0.5, ece=0.0
+    )
+    with caplog.at_level("WARNING"):
+        warn_of_other_classes(report)
+        warn_of_other_classes(report.model_copy(update={"same": 0.985}))
+        assert not caplog.records
+        warn_of_other_classes(report.model_copy(update={"same": 0.9}))
+    assert "b=1" in caplog.text
+    assert "0.900" in caplog.text

@@ -85,22 +85,34 @@ def test_blocks_of_xformers_are_the_mask(tiny, family, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
 def test_xformers_computes_the_same(tiny):
+    """Under autocast, as in training; in fp32 PyTorch's attention stays."""
     pytest.importorskip("xformers")
+    if not packed._has_kernels():
+        pytest.skip("xformers is there for another PyTorch")
     decoder = Decoder(load_model(tiny()).cuda())
     ids, starts = PACKED.cuda(), packed_starts().cuda()
-    hidden, context = decoder.embed(ids, starts)
-    expected = decoder.run_layers(range(12), hidden, context)
-    with decoder.fastest_attention():
-        assert decoder.model.config._attn_implementation == packed.XFORMERS
+
+    def states():
         hidden, context = decoder.embed(ids, starts)
-        found = decoder.run_layers(range(12), hidden, context)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        return decoder.run_layers(range(12), hidden, context)
+
+    exact = states()
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = states()
+        with decoder.fastest_attention():
+            assert decoder.model.config._attn_implementation == packed.XFORMERS
+            found = states()
+    rounding = torch.linalg.vector_norm(expected - exact)
+    assert torch.linalg.vector_norm(found - exact) <= 1.5 * rounding
+    with decoder.fastest_attention():
+        assert decoder.model.config._attn_implementation != packed.XFORMERS
 
 
 def test_sliding_windows_are_left_to_pytorch(tiny):
     config = load_model(tiny()).config
     config.sliding_window = 8
-    assert not packed.available(config)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert not packed.available(config)
 
 
 def test_a_file_says_where_its_documents_start(model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+_CPU_WORKER = "vllm.v1.worker.cpu_worker"
+
 
 @dataclass(frozen=True)
 class Interface:
@@ -30,8 +32,17 @@ class Interface:
         """The dotted name."""
         return f"{self.module}.{self.attribute}"
 
+    @property
+    def applies(self) -> bool:
+        """Whether it may be looked at: vLLM's CPU worker takes CUDA away from its process."""
+        from vllm.platforms import current_platform
+
+        return self.module != _CPU_WORKER or current_platform.is_cpu()
+
     def violation(self) -> str | None:
         """What is wrong with it in the installed vLLM; None when it is as expected."""
+        if not self.applies:
+            return None
         try:
             found: Any = importlib.import_module(self.module)
             for part in self.attribute.split("."):
@@ -269,8 +280,8 @@ CONTRACT: tuple[Interface, ...] = (
         "measuring costs, drafting",
         ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
     ),
-    Interface("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", "drafting"),
-    Interface("vllm.v1.worker.cpu_worker", "CPUWorker.take_draft_token_ids", "drafting"),
+    Interface(_CPU_WORKER, "CPUWorker.init_device", "drafting"),
+    Interface(_CPU_WORKER, "CPUWorker.take_draft_token_ids", "drafting"),
     Interface("vllm.config", "VllmConfig.use_v2_model_runner", "one class per runner"),
     Interface(
         "vllm.v1.worker.gpu.model_states.default",
@@ -337,14 +348,14 @@ CONTRACT: tuple[Interface, ...] = (
         ("method", "model", "num_speculative_tokens"),
     ),
     Interface("vllm.distributed", "get_tp_group", "one decision for all ranks"),
-    Interface("vllm.v1.worker.cpu_worker", "CPUWorker.load_model", "the rows of runner V1"),
+    Interface(_CPU_WORKER, "CPUWorker.load_model", "the rows of runner V1"),
     Interface(
-        "vllm.v1.worker.cpu_worker",
+        _CPU_WORKER,
         "CPUWorker.execute_model",
         "the rows of runner V1",
         ("scheduler_output",),
     ),
-    Interface("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "measuring costs"),
+    Interface(_CPU_WORKER, "CPUWorker.compile_or_warm_up_model", "measuring costs"),
     Interface(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._dummy_run",

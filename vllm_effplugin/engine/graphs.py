@@ -28,8 +28,8 @@ NO_SLOT = -1
 class GraphInputs:
     """Persistent `positions`, `hidden` and `residual`.
 
-    Without captured graphs it hands everything back as it is. Which there are is settled after the
-    model is built, so it is looked up at the first call.
+    Without captured graphs it hands everything back as it is. Which there are may change until the
+    engine is ready: vLLM turns them off where it finds that they are not supported.
 
     Args:
         hidden_size, dtype: of the hidden states.
@@ -38,15 +38,22 @@ class GraphInputs:
     def __init__(self, vllm_config: VllmConfig, hidden_size: int, dtype: torch.dtype) -> None:
         self._vllm_config = vllm_config
         self._hidden_size, self._dtype = hidden_size, dtype
-        self.sizes: list[int] | None = None
+        self._sizes: list[int] = []
+        self._mode: CUDAGraphMode | None = None
         self._positions = self._hidden = self._residual = torch.empty(0)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of tokens for which graphs are captured, ascending."""
+        compilation = self._vllm_config.compilation_config
+        if self._mode != compilation.cudagraph_mode:
+            self._mode = compilation.cudagraph_mode
+            captured = self._mode.has_mode(CUDAGraphMode.PIECEWISE)
+            self._sizes = sorted(compilation.cudagraph_capture_sizes or ()) if captured else []
+        return self._sizes
 
     def padded(self, tokens: int) -> int | None:
         """The number of tokens to run instead; None if no graph has as many."""
-        if self.sizes is None:
-            compilation = self._vllm_config.compilation_config
-            captured = compilation.cudagraph_mode.has_mode(CUDAGraphMode.PIECEWISE)
-            self.sizes = sorted(compilation.cudagraph_capture_sizes or ()) if captured else []
         place = bisect_left(self.sizes, tokens)
         return self.sizes[place] if place < len(self.sizes) else None
 
@@ -65,7 +72,6 @@ class GraphInputs:
             rest = None if residual is None else residual[:count]
             return positions, hidden[:count], rest
         if not len(self._hidden):
-            assert self.sizes
             device, most = hidden.device, self.sizes[-1]
             self._positions = torch.zeros(most, dtype=positions.dtype, device=device)
             shape = (most, self._hidden_size)

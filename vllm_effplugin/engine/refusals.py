@@ -265,7 +265,7 @@ def _with_a_loop(vllm_config: VllmConfig, technique: str, way_out: str) -> None:
         raise UnsupportedError(
             f"{technique} is not supported on {device} yet"
             + (
-                f", where it was built but never run (set {UNTESTED}=1 to be the first)"
+                f", where CUDA graphs were never run with it (set {UNTESTED}=1 to be the first)"
                 if device in WORKERS
                 else ""
             )

@@ -15,14 +15,14 @@ VERIFYING_EXIT_PARAMS = "vllm_effplugin.engine.params:VerifyingExitParamsV1"
 EXIT_PARAMS_V2 = "vllm_effplugin.engine.params_v2:ExitParamsV2"
 SCHEDULER = "vllm_effplugin.engine.schedulers.effplugin_scheduler"
 WORKERS = {
-    "cpu": "vllm_effplugin.engine.worker.EffpluginCPUWorker",
+    "cpu": "vllm_effplugin.engine.cpu_worker.EffpluginCPUWorker",
     "cuda": "vllm_effplugin.engine.worker.EffpluginWorker",
 }
 IO_PROCESSOR = "effplugin"
 """Our name in the group `vllm.io_processor_plugins`."""
 
 UNTESTED = "EFFPLUGIN_UNTESTED"
-"""Environment variable that admits what was built and never run: exits on GPUs."""
+"""Environment variable that admits what was built and not tested enough: exits on GPUs."""
 
 VERIFY = {
     "method": "custom_class",

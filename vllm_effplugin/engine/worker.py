@@ -1,6 +1,7 @@
 """The worker of a model with exits; named in `worker_cls`, which is vLLM's setting for that.
 
 It measures costs at the end of start-up, answers `LLM.collective_rpc`, and shows runner V1's rows.
+What it adds for CPUs is in `cpu_worker.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_effplugin.engine.settings import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
@@ -133,7 +133,3 @@ class EffpluginWorker(Worker):
     def set_exit_shadow(self, share: float) -> None:
         """From now on, compare this share of the tokens that leave with the full model."""
         self._exits.shadow = share
-
-
-class EffpluginCPUWorker(EffpluginWorker, CPUWorker):
-    """The same over vLLM's CPU worker."""

@@ -183,6 +183,10 @@ class EfficientBertModel(BertPoolingModel):
             for index, part in enumerate(plan.segments)
         ]
 
+        plain = compiled_part(_bert_stack, "Plain", self, plan.units, vllm_config, prefix)
+        # What is compiled is a submodule: vLLM captures CUDA graphs where it finds one.
+        self.parts = nn.ModuleList([*(part for part in parts if part is not None), plain])
+
         def to_boundary(part: Any) -> Part:
             return graphs.placed(lambda _, hidden, __: (part(hidden), None))
 
@@ -195,7 +199,7 @@ class EfficientBertModel(BertPoolingModel):
                 ),
                 segments=[None if part is None else to_boundary(part) for part in before],
                 to_end=graphs.placed(lambda _, hidden, __: last(hidden)),
-                plain=compiled_part(_bert_stack, "Plain", self, plan.units, vllm_config, prefix),
+                plain=plain,
                 read=lambda hidden, _: hidden,
                 place="first",
                 graphs=graphs,

@@ -116,6 +116,8 @@ class PlannedTrunk(nn.Module):
         """
         self.loop: TrunkLoop | None = None
         self.segments = None
+        # What is compiled is a submodule: vLLM captures CUDA graphs where it finds one.
+        self.parts = nn.ModuleList()
         if self.plan.has_exits:
             self._arrange_exits(vllm_config, prefix, factory)
         elif self.plan.has_sequences:
@@ -136,6 +138,7 @@ class PlannedTrunk(nn.Module):
         for layer in (*self.layers, *(block for block in blocks if block is not None)):
             remember_batches(layer.self_attn.attn)
         self.loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
+        self.parts = self.loop.parts
 
     def _arrange_sequences(self, vllm_config: VllmConfig, prefix: str) -> None:
         for layer in self.layers:
@@ -144,7 +147,9 @@ class PlannedTrunk(nn.Module):
         graphs = GraphInputs(vllm_config, self.norm.weight.numel(), vllm_config.model_config.dtype)
 
         def part(forward: Callable[..., Any], name: str, units: Sequence[Unit]) -> nn.Module:
-            return compiled_part(forward, name, self, units, vllm_config, prefix)
+            made = compiled_part(forward, name, self, units, vllm_config, prefix)
+            self.parts.append(made)
+            return made
 
         self.loop = sequence_loop(
             Stack(

@@ -8,7 +8,8 @@ Shapes: `B` sequences, `S` positions, `h` heads of size `s`.
 
 from __future__ import annotations
 
-import importlib.util
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,10 +21,31 @@ XFORMERS = "effplugin_xformers"
 
 
 def available(config: PretrainedConfig) -> bool:
-    """Whether xformers can run a model's attention here."""
+    """Whether xformers can run a model's attention here: its kernels take 16 bits only."""
+    if not (torch.is_autocast_enabled("cuda") and torch.cuda.is_available() and _has_kernels()):
+        return False
     kinds = set(getattr(config, "layer_types", None) or ())
-    full = kinds <= {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
-    return full and torch.cuda.is_available() and importlib.util.find_spec("xformers") is not None
+    return kinds <= {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
+
+
+@cache
+def _has_kernels() -> bool:
+    """Whether xformers runs: installed for another PyTorch, it imports and has no kernel."""
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError:
+        return False
+    probe = torch.zeros(1, 8, 1, 32, dtype=torch.bfloat16, device="cuda")
+    try:
+        memory_efficient_attention(probe, probe, probe)
+    except NotImplementedError as error:
+        warnings.warn(
+            f"xformers is installed but has no kernel here ({str(error).splitlines()[0]}): "
+            "PyTorch's attention is used, which is slower",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def document_lengths(starts: Tensor) -> list[int]:
@@ -63,9 +85,13 @@ def attend(
 
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
+    device = query.device.type
+    # Rotary embeddings have turned queries and keys back to fp32.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
     def flat(states: Tensor, repeat: int) -> Tensor:
         """`[1, B S, h, s]`."""
+        states = states.to(dtype)
         states = states.repeat_interleave(repeat, 1) if repeat > 1 else states
         return states.transpose(1, 2).flatten(0, 1)[None]
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vllm_effplugin.preparation.backbone import Backbone, padded
-from vllm_effplugin.preparation.precision import Precision, autocast
 
 TOKENS = 2048
 """Of a batch, padding included."""
@@ -23,27 +22,27 @@ def capture(
     backbone: Backbone,
     sequences: Sequence[Sequence[int]],
     depths: Sequence[int],
-    precision: Precision,
     label: str = "capturing",
 ) -> Tensor:
-    """`[E + 1, N, d]` in bf16: what heads read at each depth and at the end.
+    """`[E + 1, N, d]`, in the backbone's precision: what heads read at each depth and at the end.
+
+    Without autocast, whose norms and sums are fp32: an engine's are not, and where a state hardly
+    varies from text to text, rounding is as large as what a head goes by.
 
     Args:
         sequences: token ids.
         depths: layers before each exit.
-        precision: of matrix products.
         label: of the progress bar.
     """
     device = backbone.model.device
     size = (len(depths) + 1, len(sequences), backbone.hidden_size)
-    found = torch.empty(size, dtype=torch.bfloat16)
+    found = torch.empty(size, dtype=backbone.model.dtype)
     with tqdm(total=len(sequences), desc=label, unit="text") as bar:
         for rows in length_batches(sequences):
             ids, lengths = padded([sequences[row] for row in rows])
-            with autocast(device, precision):
-                states = backbone.states(ids.to(device), lengths.to(device), depths)
+            states = backbone.states(ids.to(device), lengths.to(device), depths)
             for exit, state in enumerate(states):
-                found[exit, rows] = state.to("cpu", torch.bfloat16)
+                found[exit, rows] = state.cpu()
             bar.update(len(rows))
     return found
 

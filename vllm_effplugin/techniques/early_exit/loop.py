@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from vllm_effplugin.engine.batch import RowSource, Step, current_step
@@ -85,7 +85,8 @@ def _whole(
         hidden, residual = trunk.layers[unit.first](positions, hidden, residual)
         exit = self.exit_behind[0].get(unit.layers[-1])
         if exit is not None:
-            exits += _tail(trunk, exit, positions, hidden, residual)
+            # Clones, because the next layer's norm may work in place.
+            exits += _tail(trunk, exit, positions, hidden.clone(), residual.clone())
     return trunk.norm(hidden, residual)[0], *exits
 
 
@@ -131,6 +132,7 @@ class ExitLoop(TrunkLoop):
         self.whole = compiled_part(
             _whole, "Whole", trunk, plan.units, vllm_config, prefix, exit_behind=behind
         )
+        self.parts = nn.ModuleList([*parts, self.plain, self.whole])
         self.fill = open_fill(config, trunk)
         self.shadow = config.shadow
         self._head_seconds: list[float] = []

@@ -29,6 +29,7 @@ from vllm_effplugin.techniques.joint_exit.uncertainty import (
     FEWEST,
     calibration_error,
     fit_temperature,
+    paired_difference,
 )
 
 Method = Literal["joint", "threshold", "fixed"]
@@ -239,16 +240,8 @@ def _candidate(
 
 
 def difference(one: Answers, other: Answers) -> tuple[float, float]:
-    """Accuracy of one less the other's, on the same sequences, and its standard error.
-
-    The error counts one sequence more as different than there are: with none it would be 0, however
-    few the sequences.
-    """
-    gained = (one.right & ~other.right).sum().item()
-    lost = (other.right & ~one.right).sum().item()
-    count = len(one.right)
-    mean = (gained - lost) / count
-    return mean, math.sqrt(max((gained + lost + 1) / count - mean**2, 0.0) / count)
+    """Accuracy of one less the other's, on the same sequences, and its standard error."""
+    return paired_difference(one.right.numpy(), other.right.numpy())
 
 
 def frontier(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -35,6 +35,7 @@ from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
 from vllm_effplugin.techniques.joint_exit.uncertainty import (
     calibration_difference,
     calibration_error,
+    paired_difference,
     prediction_set,
 )
 
@@ -124,15 +125,15 @@ def figures(llm: Any, texts: Sequence[Any], labels: NDArray[Any]) -> dict[str, f
         p, depths = classify(llm, texts, exit=True)
         full, _ = classify(llm, texts, exit=False)
     surer, surer_error = calibration_difference(p, full, labels)
-    paired = (p.argmax(1) == labels).astype(float) - (full.argmax(1) == labels)
+    gained, gained_error = paired_difference(p.argmax(1) == labels, full.argmax(1) == labels)
     found = {
         "accuracy": float((p.argmax(1) == labels).mean()),
         "ece": calibration_error(p, labels),
         "ece_difference": surer,
         "ece_difference_se": surer_error,
         "mean_depth": float(depths.mean()),
-        "difference": float(paired.mean()),
-        "difference_se": float(paired.std(ddof=1) / np.sqrt(len(paired))),
+        "difference": gained,
+        "difference_se": gained_error,
     }
     places = [*exits.depths, config.num_hidden_layers] if exits is not None else []
     for level in exits.conformal if exits is not None else ():

@@ -221,6 +221,9 @@ def prepare(
     ]
     taken = chosen.get(write)
     name = "the full model" if taken is None else taken.name
+    if taken is not None:
+        [own] = (r for c, r in zip(shown, reports[1:], strict=True) if c is taken)
+        warn_of_other_classes(own)
     plot = frontier_png(reports, name)
     print_whole(console, methods_table("Held-out sequences", reports, name))
     if ablation:
@@ -316,11 +319,18 @@ def _warn_of_surprises(full: MethodReport, labels: Tensor) -> None:
             full.accuracy,
             most_frequent,
         )
-    if full.same is not None and full.same < SAME:
+    warn_of_other_classes(full)
+
+
+def warn_of_other_classes(report: MethodReport) -> None:
+    """Where vLLM classifies otherwise than the replay that the figures are of."""
+    if report.same is not None and report.same < SAME:
         logger.warning(
-            "vLLM gives the class that was replayed here for %.3f of the texts only: accuracies "
-            "and prediction sets below are not what it will serve",
-            full.same,
+            "%s: vLLM gives the class that was replayed here for %.3f of the texts only, so that "
+            "accuracies and prediction sets are not quite what it will serve (`effplugin eval` "
+            "measures that)",
+            report.name,
+            report.same,
         )
 
 
@@ -340,7 +350,10 @@ def _states(
     kept = work.tensors("states")
     if kept is not None:
         return kept
-    working = torch.bfloat16 if request.precision == "bf16" else torch.float32
+    # As vLLM serves it; what is stored in fp32 it serves in fp16, which bf16 is further from.
+    stored = stored_dtype(read_model_config(model))
+    half = stored == torch.bfloat16 and request.precision == "bf16"
+    working = torch.bfloat16 if half else torch.float32
     backbone = load_backbone(model, architecture, working)
     if request.tune is not None:
         tuner = FineTuner(
@@ -354,14 +367,12 @@ def _states(
         work.make()
         tuner.train(work.folder)
         backbone = tuner.finish()
-        dtype = stored_dtype(read_model_config(model))
-        backbone.model.to(dtype)
+        backbone.model.to(stored)
         tuned = {n: t.contiguous() for n, t in backbone.model.state_dict().items()}
         work.save_tensors("tuned", tuned)
         backbone.model.to(working)
     found = {
-        name: capture(backbone, each, depths, request.precision, f"states, {name}")
-        for name, each in sequences.items()
+        name: capture(backbone, each, depths, f"states, {name}") for name, each in sequences.items()
     }
     work.save_tensors("states", found)
     return found

@@ -37,6 +37,14 @@ FEWEST_PHASES = 8
 REFERENCE_WIDTH = 576
 """Hidden size for which the learning rates are meant."""
 
+ROUNDING = 2.0**-5
+"""What 16 bits are expected to do to a state, as a share of it: eight steps of bf16.
+
+States that were captured in fp32 show nothing of it, and where one hardly varies from text to text
+(the first token's, in early layers of an encoder) a head would go by differences that no 16-bit
+engine computes.
+"""
+
 _TINY = 1e-9
 """Below it, nobody leaves where there is anything to learn."""
 
@@ -165,7 +173,10 @@ class JointTrainer:
         centred = stacked - self._mean
         # A step of gradient descent moves a logit by the squared length of the states.
         longer = math.sqrt(stacked.shape[-1] / REFERENCE_WIDTH)
-        self._scale = longer * centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-4)
+        variance = centred.square().mean(1, keepdim=True)
+        if states.dtype == torch.float32:
+            variance = variance + ROUNDING**2 * stacked.square().mean(1, keepdim=True)
+        self._scale = longer * variance.sqrt().clamp_min(1e-4)
         self._states = centred / self._scale
         self._fixed: tuple[Tensor, Tensor] | None = None
         if final is not None:

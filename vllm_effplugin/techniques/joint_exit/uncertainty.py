@@ -61,6 +61,20 @@ def calibration_difference(
     return difference, float(np.std(found, ddof=1))
 
 
+def paired_difference(right: NDArray[np.bool_], others: NDArray[np.bool_]) -> tuple[float, float]:
+    """Accuracy less that of other answers to the same sequences, and its standard error.
+
+    The error counts one sequence more as different than there are: with none it would be 0, however
+    few the sequences.
+
+    Args:
+        right, others: `[N]` whether answers are right.
+    """
+    changes = right.astype(float) - others
+    spread = (np.square(changes).sum() + 1) / len(changes) - changes.mean() ** 2
+    return float(changes.mean()), math.sqrt(max(spread, 0.0) / len(changes))
+
+
 def fit_temperature(probabilities: Floats, labels: Ints) -> float:
     """What divides the logits of `[N, C]` probabilities for the smallest mean cross-entropy.
 
