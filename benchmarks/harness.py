@@ -401,9 +401,10 @@ def _start_engine(spec: EngineSpec) -> Engine:
     import torch
 
     cuda = torch.cuda.is_available()
-    # After that look at CUDA no forked process can use it.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-    if not cuda:
+    if cuda:
+        # After that look at CUDA no forked process can use it.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    else:
         os.environ.update(cpu_environment(spec.tensor_parallel, os.sched_getaffinity(0)))
         # On CPU vLLM 0.32 writes ahead-of-time artifacts that it cannot load again; without them
         # a second run finds the compiled kernels and starts in half the time.

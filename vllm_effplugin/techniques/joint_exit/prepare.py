@@ -374,6 +374,11 @@ def _states(
     found = {
         name: capture(backbone, each, depths, f"states, {name}") for name, each in sequences.items()
     }
+    if not half and request.precision == "bf16":
+        # Once more as who serves it in bf16 gets them: heads then go by what both can tell apart.
+        backbone.model.to(torch.bfloat16)
+        coarse = capture(backbone, sequences["train"], depths, "states, in bf16")
+        found["train"] = torch.cat([found["train"], coarse.float()], 1)
     work.save_tensors("states", found)
     return found
 
@@ -396,9 +401,10 @@ def _trained(
     if stored is None:
         num_layers = int(config["num_hidden_layers"])
         cost = [*(depth / num_layers for depth in depths), 1.0]
+        labels = data.train.labels
         trainer = JointTrainer(
             states["train"],
-            data.train.labels,
+            labels.repeat(states["train"].shape[1] // len(labels)),
             len(data.classes),
             cost,
             request.train,

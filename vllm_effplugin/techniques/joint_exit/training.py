@@ -40,7 +40,7 @@ REFERENCE_WIDTH = 576
 ROUNDING = 2.0**-5
 """What 16 bits are expected to do to a state, as a share of it: eight steps of bf16.
 
-States that were captured in fp32 show nothing of it, and where one hardly varies from text to text
+States that were captured in fp32 show little of it, and where one hardly varies from text to text
 (the first token's, in early layers of an encoder) a head would go by differences that no 16-bit
 engine computes.
 """
