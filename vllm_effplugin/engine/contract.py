@@ -380,6 +380,19 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.v1.core.sched.scheduler", "Scheduler.add_request", "cache salts", ("request",)),
     Interface("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "cache salts"),
+    Interface("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "which requests start"),
+    Interface(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._free_request",
+        "which requests start",
+        ("request",),
+    ),
+    Interface(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        "what a step takes",
+        ("scheduler_output",),
+    ),
     Interface("vllm.v1.request", "Request.update_block_hashes", "cache salts"),
     Interface(
         "vllm.v1.attention.backend",
