@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from tests.e2e.server import serving
 from tests.engine.test_joint_exit import JOINT, checkpoint
@@ -152,7 +153,7 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monk
     """One set of states, every method; each is what it says when vLLM serves it."""
     base = make_checkpoint(tmp_path / "base")
     add_tokenizer(base)
-    asked = request(tmp_path / "data", ablation=True)
+    asked = request(tmp_path / "data", ablation=True, precision="bf16")
     work = tmp_path / "work"
     options = {"work_dir": work, "keep": True}
     outcome = run(base, tmp_path / "joint", asked, **options)
@@ -161,6 +162,12 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monk
     # In fp16, of texts that random weights leave undecided: one of 32 may differ.
     assert all(report.same > 0.95 and report.requests_s for report in outcome.reports)
     before = {file: file.stat().st_mtime_ns for file in work.rglob("*.safetensors")}
+    states = load_file(work / "states.safetensors")
+    # The model is stored in fp32: what heads learn from, once more as bf16 gives it.
+    exact, coarse = states["train"].chunk(2, dim=1)
+    assert (coarse == coarse.bfloat16()).all()
+    assert 0 < torch.linalg.vector_norm(coarse - exact) < 0.05 * torch.linalg.vector_norm(exact)
+    assert states["dev"].dtype == torch.float32
     plain = asked.model_copy(update={"ablation": False})
     again = run(base, tmp_path / "again", plain, **options)
     # Other heads from the same states; those that learn alone are the same.
@@ -174,6 +181,7 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monk
     )
     assert first == second
     # Whatever vLLM agrees to, it is too little here.
+    caplog.clear()
     with caplog.at_level("WARNING"), monkeypatch.context() as here:
         here.setattr(preparing, "SAME", 1.01)
         run(base, tmp_path / "fixed", asked, write="fixed", **options)
