@@ -213,14 +213,14 @@ def model_of(llm: Any) -> Any:
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
 def test_cuda_graphs(classifier, tmp_path, family, monkeypatch):
-    """vLLM captures none of encoders."""
     monkeypatch.setenv(UNTESTED, "1")
     base, ids = classifier(family), prompts()
     plain = reference(base, JOINT)
     with serving(base, tmp_path / "exits", JOINT, enforce_eager=False) as llm:
         compare(classify(llm, ids), [plain(each) for each in ids])
-        sizes = model_of(llm).loop.stack.graphs.sizes
-        assert bool(sizes) == (family != "Bert")
+        inputs = model_of(llm).loop.stack.graphs
+        assert inputs.captured == set(inputs.sizes)
+        assert inputs.captured
 
 
 def test_chunked_prefill(classifier, tmp_path):
