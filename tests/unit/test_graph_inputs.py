@@ -17,7 +17,9 @@ WIDTH = 4
 @pytest.fixture
 def inputs():
     compilation = SimpleNamespace(
-        cudagraph_mode=CUDAGraphMode.PIECEWISE, cudagraph_capture_sizes=[8, 4, 2]
+        cudagraph_mode=CUDAGraphMode.PIECEWISE,
+        cudagraph_capture_sizes=[8, 4, 2],
+        compile_ranges_endpoints=[6, 10],
     )
     return GraphInputs(SimpleNamespace(compilation_config=compilation), WIDTH, torch.float32)
 
@@ -50,3 +52,8 @@ def test_places_and_slots_are_filled_up_alike(inputs):
         slots = inputs.context(torch.arange(3))["slot_mapping"]
         assert len(positions) == len(hidden) == len(slots) == 4
         assert slots[3] == NO_SLOT
+
+
+def test_more_tokens_than_vllm_compiles_for_run_uncompiled(inputs):
+    assert "skip_compiled" not in inputs.context(torch.arange(10))
+    assert inputs.context(torch.arange(11))["skip_compiled"]

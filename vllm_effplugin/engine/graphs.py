@@ -107,10 +107,20 @@ class GraphInputs:
     def context(self, slot_mapping: Tensor) -> dict[str, Any]:
         """What the forward context says of a batch other than the step's.
 
+        vLLM compiles for as many tokens as a step may have. Those that waited come on top of them;
+        such a batch runs uncompiled.
+
         Args:
             slot_mapping: cache slot of each token.
         """
         count = len(slot_mapping)
+        endpoints = self._vllm_config.compilation_config.compile_ranges_endpoints
+        if endpoints and count > endpoints[-1]:
+            return {
+                "slot_mapping": slot_mapping,
+                "skip_compiled": True,
+                "cudagraph_runtime_mode": CUDAGraphMode.NONE,
+            }
         size = self.padded(count)
         if not self.sizes:
             return {"slot_mapping": slot_mapping}
