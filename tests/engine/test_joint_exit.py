@@ -17,7 +17,6 @@ from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from tests.tiny import CLASSES, VOCAB, counters, engine, make_classifier
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
-from vllm_effplugin.engine.settings import UNTESTED
 from vllm_effplugin.preparation.backbone import load_backbone
 from vllm_effplugin.techniques.joint_exit.classifier import own_head
 from vllm_effplugin.techniques.joint_exit.config import HEADS, JointExitConfig
@@ -212,8 +211,7 @@ def model_of(llm: Any) -> Any:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
-def test_cuda_graphs(classifier, tmp_path, family, monkeypatch):
-    monkeypatch.setenv(UNTESTED, "1")
+def test_cuda_graphs(classifier, tmp_path, family):
     base, ids = classifier(family), prompts()
     plain = reference(base, JOINT)
     with serving(base, tmp_path / "exits", JOINT, enforce_eager=False) as llm:
