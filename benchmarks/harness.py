@@ -397,25 +397,35 @@ def _serve(spec: EngineSpec, pipe: Connection) -> None:
     engine.llm.llm_engine.engine_core.shutdown()
 
 
+CUDA_ENVIRONMENT = {
+    # The look at CUDA before the engine starts: after it no forked process can use it.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+CPU_ENVIRONMENT = {
+    # On CPU vLLM 0.32 writes ahead-of-time artifacts that it cannot load again; without them a
+    # second run finds the compiled kernels and starts in half the time.
+    "VLLM_USE_AOT_COMPILE": "0",
+    # The engine core in this process. In one of its own it competes with the worker's spinning
+    # threads for the cores of a small machine, gets one at the scheduler's next tick, and steps
+    # take 16, 20 or 24 ms whatever they compute.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Weights in huge pages. In small ones their speed depends on where each process happened to
+    # get its memory: the same engine against itself then gave ratios up to 1.13.
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
 def _start_engine(spec: EngineSpec) -> Engine:
     import torch
 
     cuda = torch.cuda.is_available()
     if cuda:
-        # After that look at CUDA no forked process can use it.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        environment = CUDA_ENVIRONMENT
     else:
         os.environ.update(cpu_environment(spec.tensor_parallel, os.sched_getaffinity(0)))
-        # On CPU vLLM 0.32 writes ahead-of-time artifacts that it cannot load again; without them
-        # a second run finds the compiled kernels and starts in half the time.
-        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-        # The engine core in this process. In one of its own it competes with the worker's spinning
-        # threads for the cores of a small machine, gets one at the scheduler's next tick, and steps
-        # take 16, 20 or 24 ms whatever they compute.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # Weights in huge pages. In small ones their speed depends on where each process happened to
-        # get its memory: the same engine against itself then gave ratios up to 1.13.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        environment = CPU_ENVIRONMENT
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     # Two engines share a GPU's memory. They start together, so neither may measure what is free.
     memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 * 2**30} if cuda else {}
 

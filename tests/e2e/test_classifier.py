@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from tests.e2e.server import serving
 from tests.engine.test_joint_exit import JOINT, checkpoint
@@ -174,6 +175,7 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monk
     )
     assert first == second
     # Whatever vLLM agrees to, it is too little here.
+    caplog.clear()
     with caplog.at_level("WARNING"), monkeypatch.context() as here:
         here.setattr(preparing, "SAME", 1.01)
         run(base, tmp_path / "fixed", asked, write="fixed", **options)
@@ -230,6 +232,20 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monk
         assert early != stock
         expected = outcome.chosen[method].answers.accuracy
         assert accuracy(early, fresh) == pytest.approx(expected, abs=0.08)
+
+
+def test_what_is_stored_in_fp32_is_captured_as_bf16_gives_it_too(tmp_path):
+    """vLLM serves it in fp16, a user perhaps in bf16: heads learn from both."""
+    base = make_checkpoint(tmp_path / "base")
+    add_tokenizer(base)
+    asked = request(tmp_path / "data", precision="bf16", trade_offs=(1.0,))
+    work = tmp_path / "work"
+    run(base, tmp_path / "final", asked, write="final", work_dir=work, keep=True)
+    states = load_file(work / "states.safetensors")
+    exact, coarse = states["train"].chunk(2, dim=1)
+    assert (coarse == coarse.bfloat16()).all()
+    length = torch.linalg.vector_norm
+    assert 0 < length(coarse - exact) < 0.05 * length(exact)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Bert"])

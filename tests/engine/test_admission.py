@@ -184,11 +184,10 @@ def test_verified_exits_on_runner_v2_are_refused(tiny, monkeypatch):
 
 
 def test_exits_on_gpus_are_refused_unless_asked_for(tiny, monkeypatch):
-    """With CUDA graphs they never ran."""
     vllm_config = build(tiny(), efficiency=EXITS)
     monkeypatch.setattr(current_platform, "device_type", "cuda")
     vllm_config.parallel_config.worker_cls = "auto"
-    with pytest.raises(UnsupportedError, match=f"cuda.*graphs were never run.*{UNTESTED}=1"):
+    with pytest.raises(UnsupportedError, match=f"cuda yet: .*slower.*{UNTESTED}=1"):
         EfficiencyAdmission.verify_and_update_config(vllm_config)
     monkeypatch.setenv(UNTESTED, "1")
     vllm_config.compilation_config.cudagraph_mode = None
@@ -201,6 +200,19 @@ def test_exits_on_gpus_are_refused_unless_asked_for(tiny, monkeypatch):
     monkeypatch.setattr(current_platform, "device_type", "tpu")
     with pytest.raises(UnsupportedError, match="not supported on tpu yet: remove"):
         EfficiencyAdmission.verify_and_update_config(vllm_config)
+
+
+def test_classifiers_with_exits_run_on_gpus_with_runner_v2(classifier, monkeypatch):
+    vllm_config = build(classifier(), hf_overrides={"vocab_size": 256}, max_model_len=256)
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    vllm_config.parallel_config.worker_cls = "auto"
+    with pytest.raises(UnsupportedError, match=f"V1 has not run it there.*{UNTESTED}=1"):
+        EfficiencyAdmission.verify_and_update_config(vllm_config)
+    # A platform without Triton cannot build the configuration itself.
+    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", True)
+    vllm_config.compilation_config.cudagraph_mode = None
+    EfficiencyAdmission.verify_and_update_config(vllm_config)
+    assert vllm_config.parallel_config.worker_cls == WORKERS["cuda"]
 
 
 def test_a_draft_model_is_refused(tiny):

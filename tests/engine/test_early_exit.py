@@ -674,7 +674,9 @@ def test_cuda_graphs(tiny, policy, monkeypatch):
     replay = Replay(tiny(), block)
     with exiting(tiny(), block=block, enforce_eager=False) as (llm, trace):
         results = generate(llm, prompts())
-        assert trace.loop.graph_inputs.sizes
+        inputs = trace.loop.graph_inputs
+        assert inputs.captured == set(inputs.sizes)
+        assert inputs.captured
         for prompt, (tokens, logits), seen in zip(prompts(), results, trace.take(), strict=True):
             assert replay.difference(prompt, tokens, logits, seen) <= TOLERANCE
 

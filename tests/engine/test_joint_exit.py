@@ -17,7 +17,6 @@ from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from tests.tiny import CLASSES, VOCAB, counters, engine, make_classifier
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
-from vllm_effplugin.engine.settings import UNTESTED
 from vllm_effplugin.preparation.backbone import load_backbone
 from vllm_effplugin.preparation.classifier import own_head
 from vllm_effplugin.techniques.joint_exit.config import HEADS, JointExitConfig
@@ -212,15 +211,14 @@ def model_of(llm: Any) -> Any:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
-def test_cuda_graphs(classifier, tmp_path, family, monkeypatch):
-    """vLLM captures none of encoders."""
-    monkeypatch.setenv(UNTESTED, "1")
+def test_cuda_graphs(classifier, tmp_path, family):
     base, ids = classifier(family), prompts()
     plain = reference(base, JOINT)
     with serving(base, tmp_path / "exits", JOINT, enforce_eager=False) as llm:
         compare(classify(llm, ids), [plain(each) for each in ids])
-        sizes = model_of(llm).loop.stack.graphs.sizes
-        assert bool(sizes) == (family != "Bert")
+        inputs = model_of(llm).loop.stack.graphs
+        assert inputs.captured == set(inputs.sizes)
+        assert inputs.captured
 
 
 def test_chunked_prefill(classifier, tmp_path):

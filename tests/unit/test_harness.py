@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm.envs
 
 # The benchmarks are scripts beside the package, not part of it.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -520,3 +521,14 @@ def test_agreement_without_exits_is_whole(efficiency: dict[str, Any] | None) -> 
     llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model_config))  # no exits' RPC
     engine: Any = SimpleNamespace(llm=llm)
     assert early_exit.Agreement(4)(engine) == 1
+
+
+def test_vllm_knows_the_settings_that_engines_start_with():
+    """One of an unknown name does nothing."""
+    known = set(vllm.envs.environment_variables)
+    names = {
+        *harness.CUDA_ENVIRONMENT,
+        *harness.CPU_ENVIRONMENT,
+        *harness.cpu_environment(1, [0]),
+    }
+    assert {name for name in names if name.startswith("VLLM_")} <= known

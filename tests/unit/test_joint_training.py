@@ -266,7 +266,7 @@ def test_heads_do_not_go_by_what_rounding_takes_away() -> None:
     labels = torch.randint(2, (2000,))
     sign = 2.0 * labels - 1
     # A large entry that hardly varies, and says all; and a small one that says most of it.
-    states = torch.stack([50 + 0.01 * sign, sign + torch.randn(2000)], 1).expand(2, -1, -1)
+    states = torch.stack([50.1 + 0.01 * sign, sign + torch.randn(2000)], 1).expand(2, -1, -1)
     settings = TrainSettings(warm_up_epochs=8)
 
     def right(states: torch.Tensor, served: torch.Tensor) -> float:

@@ -271,12 +271,12 @@ def _layer_parallel(here: Platform) -> tuple[Feature, ...]:
     )
 
 
-def _exits(here: Platform) -> Feature:
+def _exits(here: Platform, not_on_a_gpu: str) -> Feature:
     """Serving a model whose rows leave on the way."""
-    if here.name == "cpu":
+    if here.name == "cpu" or (here.name == "cuda" and not not_on_a_gpu):
         return Feature("serve", True, "")
     if here.name == "cuda":
-        return Feature("serve", False, "without CUDA graphs yet: EFFPLUGIN_UNTESTED=1 admits it")
+        return Feature("serve", False, f"{not_on_a_gpu}: EFFPLUGIN_UNTESTED=1 admits it")
     return Feature("serve", False, f"not on {here.name}")
 
 
@@ -284,7 +284,7 @@ def _early_exit(here: Platform) -> tuple[Feature, ...]:
     peft = _version("peft") is not None
     verified = here.name == "cpu" and here.runner == "V1"
     return (
-        _exits(here),
+        _exits(here, "slower than without, on a GPU"),
         Feature("verified exits", verified, "" if verified else "needs a CPU and runner V1"),
         Feature("prepare: tune the backbone", True, "" if peft else "without LoRA: no peft"),
     )
@@ -293,7 +293,7 @@ def _early_exit(here: Platform) -> tuple[Feature, ...]:
 def _classify(here: Platform) -> tuple[Feature, ...]:
     peft, hub = _version("peft") is not None, _version("datasets") is not None
     return (
-        _exits(here),
+        _exits(here, "" if here.runner == "V2" else "runner V1 has not run it there"),
         Feature("prepare: --lora", peft, "" if peft else "peft is not installed: extra `train`"),
         Feature("prepare: data of the hub", hub, "" if hub else "`datasets` is not installed"),
     )
@@ -302,7 +302,7 @@ def _classify(here: Platform) -> tuple[Feature, ...]:
 def _multiplex(here: Platform) -> tuple[Feature, ...]:
     hub = _version("datasets") is not None
     return (
-        _exits(here),
+        _exits(here, "merging has not run there"),
         Feature("prepare: data of the hub", hub, "" if hub else "`datasets` is not installed"),
     )
 

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor
+from vllm.forward_context import (
+    BatchDescriptor,
+    get_forward_context,
+    is_forward_context_available,
+)
 
 from vllm_effplugin.engine.batch import running_on
 
@@ -28,23 +32,29 @@ NO_SLOT = -1
 class GraphInputs:
     """Persistent `positions`, `hidden` and `residual`.
 
-    Without captured graphs it hands everything back as it is. Which there are may change until the
-    engine is ready: vLLM turns them off where it finds that they are not supported.
+    Without captured graphs it hands everything back as it is. Which there will be may change until
+    the engine is ready: vLLM turns them off where it finds that they are not supported. It also
+    runs whole steps before it captures any, and a graph that is asked for then would be captured
+    in the middle of a step; so none is asked for whose capture was not seen.
 
     Args:
         hidden_size, dtype: of the hidden states.
+
+    Attributes:
+        captured: numbers of tokens whose capture was seen.
     """
 
     def __init__(self, vllm_config: VllmConfig, hidden_size: int, dtype: torch.dtype) -> None:
         self._vllm_config = vllm_config
         self._hidden_size, self._dtype = hidden_size, dtype
         self._sizes: list[int] = []
+        self.captured: set[int] = set()
         self._mode: CUDAGraphMode | None = None
         self._positions = self._hidden = self._residual = torch.empty(0)
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of tokens for which graphs are captured, ascending."""
+        """Numbers of tokens for which there are to be graphs, ascending."""
         compilation = self._vllm_config.compilation_config
         if self._mode != compilation.cudagraph_mode:
             self._mode = compilation.cudagraph_mode
@@ -71,6 +81,8 @@ class GraphInputs:
         if size is None:
             rest = None if residual is None else residual[:count]
             return positions, hidden[:count], rest
+        if _replayed():
+            self.captured.add(size)
         if not len(self._hidden):
             device, most = hidden.device, self.sizes[-1]
             self._positions = torch.zeros(most, dtype=positions.dtype, device=device)
@@ -95,20 +107,38 @@ class GraphInputs:
     def context(self, slot_mapping: Tensor) -> dict[str, Any]:
         """What the forward context says of a batch other than the step's.
 
+        vLLM compiles for as many tokens as a step may have. Those that waited come on top of them;
+        such a batch runs uncompiled.
+
         Args:
             slot_mapping: cache slot of each token.
         """
         count = len(slot_mapping)
+        endpoints = self._vllm_config.compilation_config.compile_ranges_endpoints
+        if endpoints and count > endpoints[-1]:
+            return {
+                "slot_mapping": slot_mapping,
+                "skip_compiled": True,
+                "cudagraph_runtime_mode": CUDAGraphMode.NONE,
+            }
         size = self.padded(count)
         if not self.sizes:
             return {"slot_mapping": slot_mapping}
         if size is None:
             return {"slot_mapping": slot_mapping, "cudagraph_runtime_mode": CUDAGraphMode.NONE}
+        captured = size in self.captured
         return {
             "slot_mapping": torch.nn.functional.pad(slot_mapping, (0, size - count), value=NO_SLOT),
-            "cudagraph_runtime_mode": CUDAGraphMode.PIECEWISE,
+            "cudagraph_runtime_mode": CUDAGraphMode.PIECEWISE if captured else CUDAGraphMode.NONE,
             "batch_descriptor": BatchDescriptor(num_tokens=size),
         }
+
+
+def _replayed() -> bool:
+    """Whether compiled parts replay their graphs in what runs now, or have them captured."""
+    if not is_forward_context_available():
+        return False
+    return get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
 
 
 @dataclass

@@ -136,7 +136,7 @@ def with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
             "verified early exits (--speculative-config) are supported on CPUs only yet: leave it "
             f"off, or {way_out}"
         )
-    _with_a_loop(vllm_config, "early exit", way_out)
+    _with_a_loop(vllm_config, "early exit", way_out, "it makes decoding slower there")
 
 
 def with_sequences(vllm_config: VllmConfig) -> None:
@@ -189,7 +189,10 @@ def with_sequences(vllm_config: VllmConfig) -> None:
             f"a classifier with one label is not supported with {section}, which is for two "
             f"classes or more: {way_out}"
         )
-    _with_a_loop(vllm_config, section, way_out)
+    not_on_a_gpu = "" if vllm_config.use_v2_model_runner else "runner V1 has not run it there"
+    if efficiency.multiplex is not None:
+        not_on_a_gpu = "merging has not run there"
+    _with_a_loop(vllm_config, section, way_out, not_on_a_gpu)
 
 
 def on_wrong_model(hf_config: Any) -> None:
@@ -212,12 +215,13 @@ def on_wrong_model(hf_config: Any) -> None:
             )
 
 
-def _with_a_loop(vllm_config: VllmConfig, technique: str, way_out: str) -> None:
+def _with_a_loop(vllm_config: VllmConfig, technique: str, way_out: str, not_on_a_gpu: str) -> None:
     """What no technique supports whose rows change inside the model.
 
     Args:
         technique: its name, for the message.
         way_out: what to do instead.
+        not_on_a_gpu: why it is only there on demand; empty if it is.
     """
     model = vllm_config.model_config
     if model.quantization is not None:
@@ -261,15 +265,12 @@ def _with_a_loop(vllm_config: VllmConfig, technique: str, way_out: str) -> None:
             f"which runs all layers on one set of cache blocks: {way_out}"
         )
     device = current_platform.device_type
-    if device not in WORKERS or (device != "cpu" and os.environ.get(UNTESTED) != "1"):
+    if device not in WORKERS:
+        raise UnsupportedError(f"{technique} is not supported on {device} yet: {way_out}")
+    if device != "cpu" and not_on_a_gpu and os.environ.get(UNTESTED) != "1":
         raise UnsupportedError(
-            f"{technique} is not supported on {device} yet"
-            + (
-                f", where CUDA graphs were never run with it (set {UNTESTED}=1 to be the first)"
-                if device in WORKERS
-                else ""
-            )
-            + f": {way_out}"
+            f"{technique} is not supported on {device} yet: {not_on_a_gpu}. Set {UNTESTED}=1 to "
+            f"have it all the same, or {way_out}"
         )
     if device != "cpu":
         _with_cuda_graphs(vllm_config, technique, way_out)

@@ -22,7 +22,7 @@ IO_PROCESSOR = "effplugin"
 """Our name in the group `vllm.io_processor_plugins`."""
 
 UNTESTED = "EFFPLUGIN_UNTESTED"
-"""Environment variable that admits what was built and not tested enough: exits on GPUs."""
+"""Environment variable that admits what was built and is not good enough: exits on some GPUs."""
 
 VERIFY = {
     "method": "custom_class",
