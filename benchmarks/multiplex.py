@@ -93,6 +93,14 @@ class Throughput:
         return len(prompts) / (time.perf_counter() - start)
 
 
+def ideal(engine: Engine) -> float:
+    """The gain in `requests_s` if merging inputs of one length cost nothing."""
+    config = engine.llm.llm_engine.model_config.hf_config
+    multiplex, layers = config.efficiency["multiplex"], config.num_hidden_layers
+    depth, [size] = multiplex["depth"], multiplex["sizes"]
+    return layers / (depth + (layers - depth) / size)
+
+
 @dataclass(frozen=True)
 class Latency:
     """A percentile of the milliseconds from a request's arrival to its answer.
@@ -163,7 +171,8 @@ class Answers:
         texts, labels = self.rows.read()
         if not hasattr(engine.llm.llm_engine.model_config.hf_config, "efficiency"):
             right = _classes(engine, texts, None) == labels
-            return {"accuracy": float(right.mean()), "spread": 0.0, "flips": 0.0}
+            same = dict.fromkeys(("spread", "flips", "difference", "difference_se"), 0.0)
+            return {"accuracy": float(right.mean()), **same}
         alone = _classes(engine, texts, multiplex_pooling_params(mux=False))
         rng = np.random.default_rng(0)
         answers = []
@@ -295,7 +304,10 @@ def speed_cases(smollm2: Path) -> list[Case]:
                         f"multiplex/n{size}/l{depth}/{name}",
                         stock,
                         spec(untrained(size, depth)),
-                        (Metric("requests_s", Throughput(lengths), better="higher"),),
+                        (
+                            Metric("requests_s", Throughput(lengths), better="higher"),
+                            Metric("ideal", ideal, better="higher", once=True, alone=True),
+                        ),
                         quick=True,
                     )
                 )

@@ -9,6 +9,7 @@ import pytest
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 
+from tests.engine.test_multiplex import trained as random_multiplexers
 from tests.engine.test_joint_exit import checkpoint
 from tests.tiny import make_classifier, overrides
 from vllm_effplugin.config import parse_efficiency
@@ -18,7 +19,7 @@ from vllm_effplugin.config.checkpoint import (
     write_checkpoint,
 )
 from vllm_effplugin.engine.admission import EfficiencyAdmission
-from vllm_effplugin.engine.settings import UNTESTED, VERIFY, WORKERS
+from vllm_effplugin.engine.settings import SCHEDULER, UNTESTED, VERIFY, WORKERS
 from vllm_effplugin.errors import UnsupportedError
 
 PAIRS = {"layer_parallel": {"groups": [[2, 3], [4, 5]]}}
@@ -166,7 +167,7 @@ def test_a_section_of_another_kind_of_model_is_refused(tiny, classifier):
 def test_a_classifier_of_one_label_is_refused(tmp_path):
     base = make_classifier(tmp_path / "base", num_labels=1)
     exits = checkpoint(base, tmp_path / "exits", {"exits": [{"depth": 4}]}, classes=1)
-    with pytest.raises(ValueError, match="one label is not supported with exits"):
+    with pytest.raises(ValueError, match="one label is not supported with `joint_exit`"):
         build(exits, hf_overrides={"vocab_size": 256})
 
 
@@ -174,6 +175,52 @@ def test_a_classifier_of_one_label_is_refused(tmp_path):
 def test_a_classifier_with_exits_is_accepted(classifier, family):
     vllm_config = build(classifier(family), hf_overrides={"vocab_size": 256}, max_model_len=256)
     assert vllm_config.model_config.runner_type == "pooling"
+    assert vllm_config.model_config.io_processor_plugin == "effplugin"
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory):
+    """A classifier that merges sequences."""
+    folder = tmp_path_factory.mktemp("merging")
+    efficiency = EfficiencyConfig.model_validate({"multiplex": {"depth": 4, "sizes": [2]}})
+    write_checkpoint(
+        make_classifier(folder / "base"),
+        folder / "merging",
+        efficiency,
+        tensors=random_multiplexers((2,)),
+        provenance={},
+    )
+    return folder / "merging"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"enable_lora": True}, "--enable-lora.*`multiplex`"),
+        ({"quantization": "fp8"}, "quantization 'fp8'.*`multiplex`"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*`multiplex`"),
+        ({"pooler_config": {"task": "token_classify"}}, "'token_classify'.*`multiplex`"),
+        ({"speculative_config": NGRAM}, "--speculative-config.*classifier"),
+        (
+            {"hf_overrides": {"efficiency": {"multiplex": {"depth": 12, "sizes": [2]}}}},
+            "multiplex: depth 12 leaves none of the model's 12 layers",
+        ),
+        (
+            {"hf_overrides": {"efficiency": {"multiplex": {"depth": 4, "sizes": [2, 4]}}}},
+            "multiplexers.4.* is missing",
+        ),
+    ],
+)
+def test_refused_with_merging(merging, options, named):
+    overrides = {"vocab_size": 256, **options.pop("hf_overrides", {})}
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        build(merging, hf_overrides=overrides, max_model_len=256, **options)
+
+
+def test_merging_brings_its_scheduler(merging):
+    vllm_config = build(merging, hf_overrides={"vocab_size": 256}, max_model_len=256)
+    assert vllm_config.scheduler_config.scheduler_cls == SCHEDULER
     assert vllm_config.model_config.io_processor_plugin == "effplugin"
 
 

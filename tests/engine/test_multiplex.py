@@ -13,7 +13,7 @@ import torch
 
 from tests.engine.test_joint_exit import JOINT, tensors
 from tests.engine.test_joint_exit import reference as exits_reference
-from tests.tiny import CLASSES, LAYERS, VOCAB, counters, engine, make_classifier
+from tests.tiny import CLASSES, LAYERS, VOCAB, engine, make_classifier
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.preparation.backbone import load_backbone
@@ -179,7 +179,8 @@ def test_without_company_it_is_the_stock_classifier(classifier, tmp_path, family
     alone = multiplex_pooling_params(mux=False, mux_report=True)
     with serving(base, tmp_path / "mux", block()) as llm:
         assert classify(llm, ids, alone) == [(probs, 1) for probs in stock]
-        assert classify(llm, ids[:1]) == [(stock[0], 1)]
+        [(probs, size)] = classify(llm, ids[:1])
+        assert (probs, size) == (pytest.approx(stock[0], abs=TOLERANCE), 1)
 
 
 def test_who_merges_with_whom(classifier, tmp_path):
@@ -228,7 +229,7 @@ def test_two_ranks(classifier, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_chunked_prefill": True},
+        {"max_num_batched_tokens": 128, "max_num_seqs": 8, "enable_chunked_prefill": True},
         {"async_scheduling": True},
         {"enable_prefix_caching": True, "block_size": 32},
     ],
@@ -253,14 +254,14 @@ def test_with_what_vllm_does(classifier, tmp_path, options):
                         for p in (plain([ids[row], each])[0], plain([each, ids[row]])[1])
                     )
         if "max_num_batched_tokens" in options:
-            sizes = {len(each) > 64: size for each, (_, size) in zip(ids, found, strict=True)}
-            assert sizes[True] == 1, "a prompt in several steps cannot merge"
+            long = [size for each, (_, size) in zip(ids, found, strict=True) if len(each) > 128]
+            assert set(long) == {1}, "a prompt in several steps cannot merge"
         assert 2 in [size for _, size in found]
 
 
 def test_totals(classifier, tmp_path):
     base, ids = classifier("Llama"), prompts(9)
-    with serving(base, tmp_path / "mux", block(4, (2, 4)), disable_log_stats=False) as llm:
+    with serving(base, tmp_path / "mux", block(4, (2, 4))) as llm:
         found = classify(llm, ids)
         [totals] = llm.collective_rpc("loop_counters")
         sizes = [size for _, size in found]
@@ -274,8 +275,6 @@ def test_totals(classifier, tmp_path):
         alone = sum(len(each) for each, size in zip(ids, sizes, strict=True) if size == 1)
         upper = alone + sum(map(max, lengths))
         assert totals["layer_tokens"] == 4 * sum(map(len, ids)) + 8 * upper
-        shown = counters(llm)
-        assert shown["effplugin_multiplex_member_tokens"] == totals["member_tokens"]
 
 
 def test_a_full_queue_leaves_nobody_over(classifier, tmp_path):

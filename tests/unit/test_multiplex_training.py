@@ -107,7 +107,7 @@ def test_captured_states_are_those_of_each_text(classifier) -> None:
 def test_training_teaches_and_goes_on_where_it_stopped(classifier, tmp_path) -> None:
     backbone, head, _ = classifier
     sequences, _ = texts(600)
-    teacher = capture(backbone, sequences, (), "fp32")[0]
+    teacher = capture(backbone, sequences, ())[0]
     weight, bias = head
     alone = functional.linear(teacher.float(), weight, bias).softmax(-1)
     labels = alone.argmax(-1)  # what the frozen model says is right

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +87,8 @@ class _MergingRequests(_SaltedRequests):
         self._passed_over: set[str] = set()
         self._last_arrival: float | None = None
         self._gap: float | None = None
-        self._layer_token = self._started = 0.0
+        self._layer_token = self._last_output = 0.0
+        self._started: deque[float] = deque()
 
     def add_request(self, request: Request) -> None:
         params = request.pooling_params
@@ -93,7 +96,8 @@ class _MergingRequests(_SaltedRequests):
         self._tenants[request.request_id] = asked.tenant(self._multiplex)
         now = time.monotonic()
         if self._last_arrival is not None:
-            gap = now - self._last_arrival
+            # Beyond twice the bound it makes no difference, and a lull would outweigh a burst.
+            gap = min(now - self._last_arrival, self._multiplex.max_wait_ms / 500)
             self._gap = gap if self._gap is None else self._gap + FOLLOWED * (gap - self._gap)
         self._last_arrival = now
         super().add_request(request)
@@ -108,34 +112,45 @@ class _MergingRequests(_SaltedRequests):
         running = len(self.running) + self.num_waiting_for_streaming_input  # type: ignore[attr-defined]
         self.max_num_active_reqs = min(most, running + self._starting(most - running))
         try:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+            found = super().schedule(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.max_num_active_reqs = most
-            self._started = time.monotonic()
+        self._started.append(time.monotonic())
+        return found
 
     def _starting(self, seats: int) -> int:
         """How many of the waiting requests start."""
-        now = time.time()
+        # What runs comes first.
+        running: list[Request] = self.running  # type: ignore[attr-defined]
+        budget: int = self.max_num_scheduled_tokens  # type: ignore[attr-defined]
+        budget -= sum(request.num_tokens - request.num_computed_tokens for request in running)
         first = list(islice(self.waiting, seats + 1))  # type: ignore[attr-defined]
-        if seats <= 0 or not first:
+        if seats <= 0 or budget <= 0 or not first:
             return seats
-        queue = [
-            Waiting(
-                request.num_tokens - request.num_computed_tokens,
-                self._tenants.get(request.request_id),
-                now - request.arrival_time,
-                request.request_id in self._passed_over,
-            )
-            for request in first
-        ]
-        idle = not self.running  # type: ignore[attr-defined]
-        room = Room(self.max_num_scheduled_tokens, seats, idle)  # type: ignore[attr-defined]
+        queue = self._queue(first)
         starts, fits = self._admission.starting(
-            queue, room, self._expected_gap(), self._layer_token
+            queue, Room(budget, seats, not running), self._expected_gap(), self._layer_token
         )
         if starts:
             self._passed_over = {request.request_id for request in first[starts:fits]}
+        if starts == fits and (fits == len(queue) or queue[fits].tenant is None):
+            # The next one, if there is one, may start in what is left of the step: in parts it
+            # could not merge, and it will not.
+            return seats
         return starts
+
+    def _queue(self, requests: Sequence[Request]) -> list[Waiting]:
+        now = time.time()
+        threshold: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
+        found = []
+        for request in requests:
+            length = request.num_tokens - request.num_computed_tokens
+            tenant = self._tenants.get(request.request_id)
+            if 0 < threshold < length:
+                length, tenant = threshold, None  # it runs in parts
+            over = request.request_id in self._passed_over
+            found.append(Waiting(length, tenant, now - request.arrival_time, over))
+        return found
 
     def _expected_gap(self) -> float:
         """Seconds until the next arrival, taken to be those between arrivals lately."""
@@ -144,9 +159,12 @@ class _MergingRequests(_SaltedRequests):
         return max(self._gap, time.monotonic() - self._last_arrival)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
+        # With asynchronous scheduling a step begins when the one before it has ended.
+        now, began = time.monotonic(), max(self._started.popleft(), self._last_output)
+        self._last_output = now
         tokens = scheduler_output.total_num_scheduled_tokens
         if tokens:
-            taken = (time.monotonic() - self._started) / (tokens * self._layers)
+            taken = (now - began) / (tokens * self._layers)
             self._layer_token += (FOLLOWED if self._layer_token else 1.0) * (
                 taken - self._layer_token
             )

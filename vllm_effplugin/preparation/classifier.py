@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm_effplugin.config import CLASSIFIERS, EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import (
+    EXTRA_FILE,
     EXTRA_FOLDER,
     PROVENANCE,
     is_classifier,
@@ -212,6 +213,9 @@ def write_stock(
             if source.is_file() and source.name != PROVENANCE:
                 link(source, staging / source.name, passing)
         (staging / EXTRA_FOLDER).mkdir()
+        tensors = stock / EXTRA_FOLDER / EXTRA_FILE  # of another technique that it has
+        if tensors.is_file():
+            link(tensors, staging / EXTRA_FOLDER / EXTRA_FILE, passing)
         for name, content in files.items():
             (staging / EXTRA_FOLDER / name).write_bytes(content)
         text = json.dumps(provenance, indent=2) + "\n"

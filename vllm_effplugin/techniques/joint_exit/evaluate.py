@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
+from vllm import PoolingParams
 
 from vllm_effplugin.config.checkpoint import PROVENANCE, read_model_config
 from vllm_effplugin.config.efficiency import parse_efficiency
@@ -83,7 +84,7 @@ def _evaluate(
     prompts = [{"prompt_token_ids": ids} for ids in sequences]
     found = figures(llm, prompts, np.array(labels))  # and warm
     speeds = [
-        (_speed(llm, prompts, exit=True), _speed(llm, prompts, exit=False))
+        (_speed(llm, prompts, full=False), _speed(llm, prompts, full=True))
         for _ in tqdm(range(3), desc="measuring", leave=False)
     ]
     found["requests_s"] = float(np.median([early for early, _ in speeds]))
@@ -91,15 +92,27 @@ def _evaluate(
     return found
 
 
-def _speed(llm: Any, texts: Sequence[Any], *, exit: bool) -> float:
+def _params(*, full: bool, report: bool) -> PoolingParams:
+    """Parameters with which nothing leaves or merges, or what the checkpoint says."""
+    params = exit_pooling_params(exit=not full, exit_report=report)
+    params.extra_kwargs = {**(params.extra_kwargs or {}), "mux": not full}
+    return params
+
+
+def _speed(llm: Any, texts: Sequence[Any], *, full: bool) -> float:
     start = time.perf_counter()
-    llm.classify(list(texts), pooling_params=exit_pooling_params(exit=exit), use_tqdm=False)
+    params = _params(full=full, report=False)
+    llm.classify(list(texts), pooling_params=params, use_tqdm=False)
     return len(texts) / (time.perf_counter() - start)
 
 
-def classify(llm: Any, texts: Sequence[Any], *, exit: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-    """`[N, C]` probabilities, and `[N]` how many layers gave them."""
-    params = exit_pooling_params(exit=exit, exit_report=True)
+def classify(llm: Any, texts: Sequence[Any], *, full: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+    """`[N, C]` probabilities, and `[N]` how many layers gave them.
+
+    Args:
+        full: whether nothing may leave or merge.
+    """
+    params = _params(full=full, report=True)
     outputs = llm.encode(
         list(texts), pooling_task="classify", pooling_params=params, use_tqdm=False
     )
@@ -116,14 +129,15 @@ def figures(llm: Any, texts: Sequence[Any], labels: NDArray[Any]) -> dict[str, f
     classes that has.
     """
     config = llm.llm_engine.model_config.hf_config
-    exits = parse_efficiency(getattr(config, "efficiency", None)).joint_exit
-    if exits is None:
+    efficiency = parse_efficiency(getattr(config, "efficiency", None))
+    exits = efficiency.joint_exit
+    if exits is None and efficiency.multiplex is None:
         outputs = llm.classify(list(texts), use_tqdm=False)
         p = full = np.array([output.outputs.probs for output in outputs])
         depths = np.full(len(p), config.num_hidden_layers)
     else:
-        p, depths = classify(llm, texts, exit=True)
-        full, _ = classify(llm, texts, exit=False)
+        p, depths = classify(llm, texts, full=False)
+        full, _ = classify(llm, texts, full=True)
     surer, surer_error = calibration_difference(p, full, labels)
     gained, gained_error = paired_difference(p.argmax(1) == labels, full.argmax(1) == labels)
     found = {

@@ -42,7 +42,7 @@ class Lower:
         return self.states[tokens].masked_fill(~inside[..., None], 0), lengths
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def capture_lower(
     backbone: Backbone,
     sequences: Sequence[Sequence[int]],
@@ -71,5 +71,4 @@ def capture_lower(
                 start, length = int(starts[row]), len(sequences[row])
                 states[start : start + length] = each[:length]
             bar.update(len(rows))
-    # Not tensors of inference mode: training indexes them.
-    return Lower(states.clone(), lengths, depth)
+    return Lower(states, lengths, depth)

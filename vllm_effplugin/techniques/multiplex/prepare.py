@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from rich.console import Console
 from torch import Tensor
 
@@ -28,14 +28,15 @@ from vllm_effplugin.config.checkpoint import (
     write_checkpoint,
 )
 from vllm_effplugin.config.provenance import collect_provenance
-from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.errors import ConfigError, UnsupportedError
 from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.preparation.backbone import Backbone, load_backbone
-from vllm_effplugin.preparation.base import fingerprint
+from vllm_effplugin.preparation.base import fingerprint, stored_dtype
 from vllm_effplugin.preparation.classifier import (
     check_classifiable,
     classes_of,
     classifier_architecture,
+    has_softmax,
     own_head,
     write_classifier,
     write_stock,
@@ -74,7 +75,10 @@ class PrepareRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: DataSettings
-    sizes: tuple[Annotated[int, Field(ge=2, le=MOST)], ...] = Field((2,), min_length=1)
+    sizes: Annotated[
+        tuple[Annotated[int, Field(ge=2, le=MOST)], ...],
+        AfterValidator(lambda sizes: tuple(sorted(set(sizes)))),
+    ] = Field((2,), min_length=1)
     depths: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="Layers that each sequence runs alone; half of them by default."
     )
@@ -138,6 +142,11 @@ def prepare(
     config = read_model_config(model)
     architecture = classifier_architecture(config)
     check_classifiable(model, config, request.data.max_length, with_exits=True)
+    if is_classifier(config) and not has_softmax(config):
+        raise UnsupportedError(
+            f"{model} gives no softmax over its classes (`problem_type` or `activation_fn` in its "
+            "config.json), which merging needs: give its base model"
+        )
     before = read_efficiency(model)
     depths = _depths(request, int(config["num_hidden_layers"]), before)
     data = read_data(request.data, classes_of(config) if is_classifier(config) else None)
@@ -148,8 +157,9 @@ def prepare(
         fingerprint(model, None, {**decides, "texts": digest(data)}),
     )
     sequences = tokenized_data(model, data, request.data.max_length)
-    working = torch.bfloat16 if request.precision == "bf16" else torch.float32
-    backbone = load_backbone(model, architecture, working)
+    # As vLLM serves it; what is stored in fp32 it serves in fp16, which bf16 is further from.
+    half = stored_dtype(config) == torch.bfloat16 and request.precision == "bf16"
+    backbone = load_backbone(model, architecture, torch.bfloat16 if half else torch.float32)
     run = _Run(model, config, backbone, data, sequences, request, work)
     found = list(run.points(depths))
     stock = _stock(model, architecture, data, run.head, work)
@@ -164,7 +174,8 @@ def prepare(
     chosen = choose(reports, request.most_loss)
     written = [point.name for point in chosen]
     plot = frontier_png(reports, written)
-    print_whole(console, points_table("Held-out texts", reports, written))
+    title = "Held-out texts" + (", speed behind the exits, accuracy of all" if before.joint_exit else "")
+    print_whole(console, points_table(title, reports, written))
     if ablation:
         print_whole(console, points_table("Other adapters", ablation, []))
     provenance = {
@@ -254,10 +265,11 @@ class _Run:
         request: PrepareRequest,
         work: WorkDirectory,
     ) -> None:
-        self.request, self.work, self.data, self.sequences = request, work, data, sequences
+        self.model, self.request, self.work = model, request, work
+        self.data, self.sequences = data, sequences
         self._backbone = backbone
         self._states = self._captured()
-        self.head = self._trained_head(model, config)
+        self.head = self._trained_head(config)
         weight, bias = self.head
         logits = torch.nn.functional.linear(self._states["dev"].float(), weight, bias)
         self._alone = logits.softmax(-1)
@@ -278,17 +290,15 @@ class _Run:
         kept = self.work.tensors("states")
         if kept is None:
             kept = {
-                name: capture(self._backbone, each, (), self.request.precision, f"states, {name}")[
-                    0
-                ]
+                name: capture(self._backbone, each, (), f"states, {name}")[0]
                 for name, each in self.sequences.items()
             }
             self.work.save_tensors("states", kept)
         return kept
 
-    def _trained_head(self, model: Path, config: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _trained_head(self, config: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The model's own, or one that learns on the frozen states."""
-        own = own_head(model, dict(config))
+        own = own_head(self.model, dict(config))
         if own is not None:
             return own
         kept = self.work.tensors("head")
@@ -456,8 +466,8 @@ def _speeds(
         write_checkpoint(
             stock,
             folder,
-            before.model_copy(update={"multiplex": multiplex, "joint_exit": None}),
-            tensors=run.tensors(depth, sizes),
+            before.model_copy(update={"multiplex": multiplex}),
+            tensors=extra_tensors(run.model) | run.tensors(depth, sizes),
             provenance={},
             overwrite=True,
         )

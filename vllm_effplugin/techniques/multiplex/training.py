@@ -37,7 +37,7 @@ class MultiplexSettings(TrainerSettings):
     learning_rate: float = Field(1e-3, gt=0)
     batch: int = Field(32, ge=2, description="Sequences per step.")
     contrast: float = Field(0.5, ge=0, description="Weight of InfoNCE.")
-    cosine: float = Field(0.5, ge=0, description="Weight of the cosine loss.")
+    cosine: float = Field(1.0, ge=0, description="Weight of the cosine loss.")
     temperature: float = Field(0.05, gt=0, description="Of InfoNCE.")
 
 
@@ -136,7 +136,9 @@ class MultiplexTrainer(Trainer):
         # Drawn anew, and the same when training goes on from here.
         torch.manual_seed(settings.seed + self.step)
         layer = self._layers[self.step % len(self._layers)]
-        count = len(rows) // layer.size * layer.size
+        if len(rows) < layer.size:  # the last batch
+            rows = torch.arange(len(self._labels))
+        count = min(len(rows), self._training.batch) // layer.size * layer.size
         members = rows[torch.randperm(len(rows))[:count]]
         members = members[self._lower.lengths[members].argsort(stable=True)].view(-1, layer.size)
         slots = torch.rand(members.shape).argsort(-1)
