@@ -9,10 +9,10 @@ import pytest
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 
-from tests.engine.test_multiplex import trained as random_multiplexers
 from tests.engine.test_joint_exit import checkpoint
+from tests.engine.test_multiplex import trained as random_multiplexers
 from tests.tiny import make_classifier, overrides
-from vllm_effplugin.config import parse_efficiency
+from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import (
     base_tensors,
     replaced_tensor_names,

@@ -174,7 +174,9 @@ def prepare(
     chosen = choose(reports, request.most_loss)
     written = [point.name for point in chosen]
     plot = frontier_png(reports, written)
-    title = "Held-out texts" + (", speed behind the exits, accuracy of all" if before.joint_exit else "")
+    title = "Held-out texts" + (
+        ", speed behind the exits, accuracy of all" if before.joint_exit else ""
+    )
     print_whole(console, points_table(title, reports, written))
     if ablation:
         print_whole(console, points_table("Other adapters", ablation, []))
