@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from harness import (
     CACHE,
     Case,
     Engine,
+    EngineError,
     EngineProcess,
     EngineSpec,
     Metric,
@@ -42,6 +44,7 @@ from harness import (
     select,
 )
 from layer_parallel import build_smollm2
+from tqdm.auto import tqdm
 
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import staged_directory, write_checkpoint
@@ -85,9 +88,12 @@ class Throughput:
     """Sequences per second, all submitted at once."""
 
     lengths: Lengths
+    engines: int = 1
+    """That share the sequences among them."""
 
     def __call__(self, engine: Engine) -> float:
         prompts = [{"prompt_token_ids": ids} for ids in self.lengths.prompts(engine)]
+        prompts = prompts[:: self.engines]
         start = time.perf_counter()
         engine.llm.classify(prompts, use_tqdm=False)
         return len(prompts) / (time.perf_counter() - start)
@@ -380,8 +386,42 @@ def stock_capacity() -> float:
             engine.close()
 
 
+def two_engines(rounds: int) -> None:
+    """Print what two stock engines on half of the cores each give against one on all of them."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise EngineError("two engines need two cores")
+    half = len(cores) // 2
+    measure = Throughput(Lengths(64, 64))
+    shared = Throughput(measure.lengths, engines=2)
+    with tempfile.TemporaryDirectory() as logs, ThreadPoolExecutor(2) as threads:
+        engines = []
+        try:
+            for index, own in enumerate((cores, cores[:half], cores[half:])):
+                os.sched_setaffinity(0, own)  # which the process inherits
+                engines.append(EngineProcess(spec(FOLDER / "classifier"), Path(logs) / f"{index}"))
+            os.sched_setaffinity(0, cores)
+            for engine in engines:
+                engine.wait_ready()
+            one, *two = engines
+            ratios = []
+            for _ in tqdm(range(rounds + 1), desc="one and two engines"):
+                alone = one.measure(measure)
+                together = sum(threads.map(lambda engine: engine.measure(shared), two))
+                ratios.append(together / alone)
+        finally:
+            os.sched_setaffinity(0, cores)
+            for engine in engines:
+                engine.close()
+    low, middle, high = np.percentile(ratios[1:], (25, 50, 75))
+    print(f"two engines: {middle:.2f} ± {high - low:.2f} of one's requests per second")
+
+
 if __name__ == "__main__":
     parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--two-engines", action="store_true", help="two stock engines against one, nothing else"
+    )
     parser.add_argument(
         "--model", type=Path, default=CACHE / "smollm2", help="SmolLM2 checkpoint directory"
     )
@@ -402,6 +442,9 @@ if __name__ == "__main__":
     if not arguments.list:
         build_smollm2(arguments.model)
         base = build_untrained(arguments.model)
+        if arguments.two_engines:
+            two_engines(arguments.rounds or 5)
+            sys.exit()
         for size in SIZES:
             for depth in DEPTHS:
                 build_multiplexer(base, size, depth)
