@@ -208,7 +208,7 @@ def merging(tmp_path_factory):
         ),
         (
             {"hf_overrides": {"efficiency": {"multiplex": {"depth": 4, "sizes": [2, 4]}}}},
-            "multiplexers.4.* is missing",
+            r"lacks tensors: multiplexers\.4\.",
         ),
     ],
 )
