@@ -18,6 +18,7 @@ from tests.engine.test_multiplex import trained
 from tests.tiny import BERT, add_tokenizer, make_checkpoint, make_classifier
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_efficiency, write_checkpoint
+from vllm_effplugin.techniques.multiplex import prepare as stages
 from vllm_effplugin.techniques.multiplex.prepare import Outcome, PrepareRequest, prepare
 
 
@@ -77,7 +78,7 @@ def test_over_http(tmp_path: Path) -> None:
     assert share == pytest.approx(sequences[1] / sum(sequences.values()))
 
 
-def made(base: Path, out: Path, train: str, **changes: Any) -> Outcome:
+def made(base: Path, out: Path, train: str, work: Path, **changes: Any) -> Outcome:
     request = PrepareRequest.model_validate(
         {
             "data": {"train": train},
@@ -91,19 +92,15 @@ def made(base: Path, out: Path, train: str, **changes: Any) -> Outcome:
             **changes,
         }
     )
-    return prepare(base, out, request, console=Console(quiet=True))
+    return prepare(base, out, request, work_dir=work, keep=True, console=Console(quiet=True))
 
 
-@pytest.mark.parametrize("family", ["Llama", "Bert"])
-def test_prepare(tmp_path: Path, family: str) -> None:
-    """From a model without a head to a checkpoint with figures and a plot."""
-    if family == "Bert":
-        base = make_classifier(tmp_path / "base", "Bert", **{**BERT, "num_labels": 2})
-    else:
-        base = make_checkpoint(tmp_path / "base")
+def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a model without a head to a checkpoint with figures and a plot; then without a gain."""
+    base = make_checkpoint(tmp_path / "base")
     add_tokenizer(base)
     train = data(tmp_path / "train.jsonl", 600)
-    outcome = made(base, tmp_path / "out", train, ablation=family == "Llama")
+    outcome = made(base, tmp_path / "out", train, tmp_path / "work", ablation=True)
     assert outcome.config is not None
     efficiency = check_checkpoint(tmp_path / "out")
     assert efficiency.multiplex == outcome.config
@@ -111,18 +108,21 @@ def test_prepare(tmp_path: Path, family: str) -> None:
     points = {(point["depth"], point["size"]) for point in provenance["points"]}
     assert points == {(0, 1), (2, 2), (2, 3), (9, 2), (9, 3)}
     assert all(point["ratio"] > 0 for point in provenance["points"])
-    if family == "Llama":
-        mixing = [(p["mixing"], p["depth"], p["size"]) for p in provenance["ablation"]]
-        assert ("released", 2, 2) in mixing
-        assert ("none", 9, 3) in mixing
+    mixing = [(p["mixing"], p["depth"], p["size"]) for p in provenance["ablation"]]
+    assert ("released", 2, 2) in mixing
+    assert ("none", 9, 3) in mixing
     assert (tmp_path / "out" / "efficiency" / "multiplex.png").read_bytes()[1:4] == b"PNG"
-    assert not list(tmp_path.glob(".out*"))
+    # What was measured is kept; now nothing is fast enough.
+    monkeypatch.setattr(stages, "WORTH_IT", 1e3)
+    outcome = made(base, tmp_path / "none", train, tmp_path / "work", ablation=True)
+    assert outcome.config is None
+    assert read_efficiency(tmp_path / "none") == EfficiencyConfig()
 
 
-def test_no_gain_writes_the_stock_classifier(tmp_path: Path) -> None:
-    base = make_classifier(tmp_path / "base", num_labels=2)
+def test_prepare_an_encoder(tmp_path: Path) -> None:
+    base = make_classifier(tmp_path / "base", "Bert", **{**BERT, "num_labels": 2})
     add_tokenizer(base)
     train = data(tmp_path / "train.jsonl", 300)
-    outcome = made(base, tmp_path / "out", train, most_loss=0.0, sizes=(8,), depths=(0,))
-    assert outcome.config is None
-    assert read_efficiency(tmp_path / "out") == EfficiencyConfig()
+    outcome = made(base, tmp_path / "out", train, tmp_path / "work", sizes=(4,), depths=(1,))
+    assert outcome.config is not None
+    assert check_checkpoint(tmp_path / "out").multiplex == outcome.config

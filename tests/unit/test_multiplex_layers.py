@@ -125,4 +125,4 @@ def test_a_fresh_one_hands_on_what_it_can() -> None:
     members = torch.randn(2, 200, 48)
     composite = layer.merge(members, torch.ones(2, 200, dtype=torch.bool))
     ratio = composite.square().mean().sqrt() / members.square().mean().sqrt()
-    assert 0.8 < float(ratio) < 1.3
+    assert 0.8 < ratio.item() < 1.3

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from vllm_effplugin.config import ARCHITECTURES
 from vllm_effplugin.engine.compat import VLLM_WINDOW, check_vllm_version, installed_vllm_version
+from vllm_effplugin.engine.settings import UNTESTED, why_not_on_a_gpu
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "effplugin"
@@ -271,12 +272,13 @@ def _layer_parallel(here: Platform) -> tuple[Feature, ...]:
     )
 
 
-def _exits(here: Platform, not_on_a_gpu: str) -> Feature:
-    """Serving a model whose rows leave on the way."""
+def _serve(here: Platform, technique: str) -> Feature:
+    """Serving a model that changes rows on the way."""
+    not_on_a_gpu = why_not_on_a_gpu(technique, v2=here.runner == "V2")
     if here.name == "cpu" or (here.name == "cuda" and not not_on_a_gpu):
         return Feature("serve", True, "")
     if here.name == "cuda":
-        return Feature("serve", False, f"{not_on_a_gpu}: EFFPLUGIN_UNTESTED=1 admits it")
+        return Feature("serve", False, f"{not_on_a_gpu}: {UNTESTED}=1 admits it")
     return Feature("serve", False, f"not on {here.name}")
 
 
@@ -284,7 +286,7 @@ def _early_exit(here: Platform) -> tuple[Feature, ...]:
     peft = _version("peft") is not None
     verified = here.name == "cpu" and here.runner == "V1"
     return (
-        _exits(here, "slower than without, on a GPU"),
+        _serve(here, "early_exit"),
         Feature("verified exits", verified, "" if verified else "needs a CPU and runner V1"),
         Feature("prepare: tune the backbone", True, "" if peft else "without LoRA: no peft"),
     )
@@ -293,7 +295,7 @@ def _early_exit(here: Platform) -> tuple[Feature, ...]:
 def _classify(here: Platform) -> tuple[Feature, ...]:
     peft, hub = _version("peft") is not None, _version("datasets") is not None
     return (
-        _exits(here, "" if here.runner == "V2" else "runner V1 has not run it there"),
+        _serve(here, "joint_exit"),
         Feature("prepare: --lora", peft, "" if peft else "peft is not installed: extra `train`"),
         Feature("prepare: data of the hub", hub, "" if hub else "`datasets` is not installed"),
     )
@@ -302,7 +304,7 @@ def _classify(here: Platform) -> tuple[Feature, ...]:
 def _multiplex(here: Platform) -> tuple[Feature, ...]:
     hub = _version("datasets") is not None
     return (
-        _exits(here, "merging has not run there"),
+        _serve(here, "multiplex"),
         Feature("prepare: data of the hub", hub, "" if hub else "`datasets` is not installed"),
     )
 

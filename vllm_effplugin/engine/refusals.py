@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.config.compilation import CUDAGraphMode
@@ -18,6 +19,7 @@ from vllm_effplugin.engine.settings import (
     WORKERS,
     efficiency_of,
     verifies,
+    why_not_on_a_gpu,
 )
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
@@ -136,7 +138,7 @@ def with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
             "verified early exits (--speculative-config) are supported on CPUs only yet: leave it "
             f"off, or {way_out}"
         )
-    _with_a_loop(vllm_config, "early exit", way_out, "it makes decoding slower there")
+    _with_a_loop(vllm_config, "early exit", way_out, ["early_exit"])
 
 
 def with_sequences(vllm_config: VllmConfig) -> None:
@@ -189,10 +191,7 @@ def with_sequences(vllm_config: VllmConfig) -> None:
             f"a classifier with one label is not supported with {section}, which is for two "
             f"classes or more: {way_out}"
         )
-    not_on_a_gpu = "" if vllm_config.use_v2_model_runner else "runner V1 has not run it there"
-    if efficiency.multiplex is not None:
-        not_on_a_gpu = "merging has not run there"
-    _with_a_loop(vllm_config, section, way_out, not_on_a_gpu)
+    _with_a_loop(vllm_config, section, way_out, sections)
 
 
 def on_wrong_model(hf_config: Any) -> None:
@@ -215,13 +214,15 @@ def on_wrong_model(hf_config: Any) -> None:
             )
 
 
-def _with_a_loop(vllm_config: VllmConfig, technique: str, way_out: str, not_on_a_gpu: str) -> None:
+def _with_a_loop(
+    vllm_config: VllmConfig, technique: str, way_out: str, sections: Sequence[str]
+) -> None:
     """What no technique supports whose rows change inside the model.
 
     Args:
         technique: its name, for the message.
         way_out: what to do instead.
-        not_on_a_gpu: why it is only there on demand; empty if it is.
+        sections: of the efficiency block that ask for it.
     """
     model = vllm_config.model_config
     if model.quantization is not None:
@@ -267,10 +268,12 @@ def _with_a_loop(vllm_config: VllmConfig, technique: str, way_out: str, not_on_a
     device = current_platform.device_type
     if device not in WORKERS:
         raise UnsupportedError(f"{technique} is not supported on {device} yet: {way_out}")
-    if device != "cpu" and not_on_a_gpu and os.environ.get(UNTESTED) != "1":
+    v2 = vllm_config.use_v2_model_runner
+    reasons = [why for name in sections if (why := why_not_on_a_gpu(name, v2=v2))]
+    if device != "cpu" and reasons and os.environ.get(UNTESTED) != "1":
         raise UnsupportedError(
-            f"{technique} is not supported on {device} yet: {not_on_a_gpu}. Set {UNTESTED}=1 to "
-            f"have it all the same, or {way_out}"
+            f"{technique} is not supported on {device} yet: {', '.join(reasons)}. Set "
+            f"{UNTESTED}=1 to have it all the same, or {way_out}"
         )
     if device != "cpu":
         _with_cuda_graphs(vllm_config, technique, way_out)

@@ -32,6 +32,21 @@ VERIFY = {
 """`--speculative-config` of a server that verifies early exits; the number is free."""
 
 
+def why_not_on_a_gpu(technique: str, *, v2: bool) -> str:
+    """Why a technique that changes rows inside the model is there on demand only; "" if it is not.
+
+    Args:
+        technique: name of its section in the efficiency block.
+        v2: whether vLLM's model runner V2 runs it.
+    """
+    if technique == "joint_exit":
+        return "" if v2 else "runner V1 has not run it there"
+    return {
+        "early_exit": "it makes decoding slower there",
+        "multiplex": "merging has not run there",
+    }[technique]
+
+
 def efficiency_of(hf_config: Any) -> EfficiencyConfig:
     """The validated `efficiency` block of a Hugging Face configuration; empty without one."""
     return parse_efficiency(getattr(hf_config, "efficiency", None))
