@@ -51,7 +51,7 @@ SEED = 0
 """Seeds the prompts and vLLM itself."""
 
 START_LIMIT_S = 1800
-MEASURE_LIMIT_S = 600
+MEASURE_LIMIT_S = 1800
 
 
 # --- What is compared -----------------------------------------------------------------------------
