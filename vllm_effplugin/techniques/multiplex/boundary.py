@@ -85,7 +85,7 @@ class MergeBoundary:
         for size, part in batch.merged.items():
             members = passage.on_device(part.members)
             present = members >= 0
-            found = states[members.clamp_min(0)].masked_fill(~present[..., None], 0)
+            found = states[members.clamp_min(0)].masked_fill_(~present[..., None], 0)
             merged = self.multiplexer(size).merge(found, present)
             new_hidden[passage.on_device(part.targets)] = merged
             counters.add("member_tokens", int((part.members >= 0).sum()))
