@@ -9,7 +9,7 @@ that multiple of what stock vLLM can answer; milliseconds from arrival to answer
 `multiplex/<task>/<point>`: trained ones, on rows that neither training nor choosing saw: `accuracy`
 is the mean over ten groupings, `spread` their standard deviation, `difference` the accuracy less
 that of the same rows alone with its standard error, `flips` how often a text's class changes with
-its partners. `exits_n2` puts merging behind the exits of a tuned classifier.
+its partners. `exits_n2` and `exits_n4` put merging behind the exits of a tuned classifier.
 
 The first run prepares the checkpoints: a quarter of an hour per trained case.
 """
@@ -257,30 +257,41 @@ class Trained:
     """What `effplugin prepare multiplex` is asked for."""
 
     recipe: Recipe
-    """Of the classifier that it starts from."""
-    method: str
-    """Which of the recipe's checkpoints that is."""
+    """Of the classifier that it starts from, without exits."""
     sizes: str
     depth: int
+    exits: str = ""
+    """Depths at which confident sequences leave first, as `prepare classify` takes them."""
     most_loss: float = 0.2
     """Of accuracy: here everything is shown, and nothing chosen."""
 
     @property
+    def base(self) -> Path:
+        """The classifier that merging is added to."""
+        return FOLDER / f"{self.recipe.stem}-exits-{self.exits.replace(',', '-')}"
+
+    @property
     def checkpoint(self) -> Path:
         """Where it is kept."""
-        name = f"{self.recipe.stem}-{self.method}-n{self.sizes}-l{self.depth}"
-        return FOLDER / name
+        start = self.base.name if self.exits else f"{self.recipe.stem}-final"
+        return FOLDER / f"{start}-n{self.sizes.replace(',', '-')}-l{self.depth}"
 
     def prepare(self, data: Path) -> None:
         """Make it, unless it is there."""
-        self.recipe.prepare(sorted({"final", self.method}), data)
-        if (self.checkpoint / "provenance.json").exists():
-            return
-        base = self.recipe.checkpoint(self.method)
-        command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "multiplex"]
-        command += [str(base), str(self.checkpoint), "--n", self.sizes]
-        command += ["--mux-layer", str(self.depth), "--max-loss", str(self.most_loss)]
-        command += ["--train", str(data / self.recipe.task.name / "train.jsonl"), "--overwrite"]
+        self.recipe.prepare(["final"], data)
+        base, train = self.recipe.checkpoint("final"), data / self.recipe.task.name / "train.jsonl"
+        if self.exits:
+            _prepare("classify", base, self.base, train, "--exits", self.exits)
+            base = self.base
+        options = ["--n", self.sizes, "--mux-layer", str(self.depth)]
+        options += ["--max-loss", str(self.most_loss)]
+        _prepare("multiplex", base, self.checkpoint, train, *options)
+
+
+def _prepare(technique: str, model: Path, out: Path, train: Path, *options: str) -> None:
+    if not (out / "provenance.json").exists():
+        command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", technique]
+        command += [str(model), str(out), "--train", str(train), "--overwrite", *options]
         subprocess.run(command, check=True)
 
 
@@ -365,12 +376,13 @@ def trained_cases(smollm2: Path, minilm: Path, data: Path) -> list[tuple[Case, T
 
     for task in TASKS.values():
         recipe = Recipe(task, "smollm2", smollm2)
-        add(f"{task.name}/n2/l15", Trained(recipe, "final", "2", 15), quick=task.name == "sst2")
-        add(f"{task.name}/n4/l15", Trained(recipe, "final", "4", 15))
+        add(f"{task.name}/n2/l15", Trained(recipe, "2", 15), quick=task.name == "sst2")
+        add(f"{task.name}/n4/l15", Trained(recipe, "4", 15))
     sst2 = TASKS["sst2"]
-    add("sst2-minilm/n2/l3", Trained(Recipe(sst2, "minilm", minilm), "final", "2", 3))
+    add("sst2-minilm/n2/l3", Trained(Recipe(sst2, "minilm", minilm), "2", 3))
     tuned = Recipe(sst2, "smollm2", smollm2, lora=True)
-    add("sst2/exits_n2", Trained(tuned, "jei", "2", 16), quick=True)
+    add("sst2/exits_n2", Trained(tuned, "2", 10, exits="6,10"), quick=True)
+    add("sst2/exits_n4", Trained(tuned, "4", 10, exits="6,10"))
     return found
 
 

@@ -45,16 +45,26 @@ CLASSIFIERS = [
 ]
 
 
+MERGING = [
+    "test_as_in_pytorch[Llama]",
+    "test_as_in_pytorch[Bert]",
+    "test_who_merges_with_whom",
+    "test_exits_before_merging[Llama-9]",
+    "test_totals",
+]
+
+
 @pytest.mark.parametrize(
     ("module", "tests"),
     [
         ("test_early_exit.py", EXITS),
         ("test_early_exit.py", ["test_two_ranks[rate-recompute]"]),
         ("test_joint_exit.py", CLASSIFIERS),
+        ("test_multiplex.py", MERGING),
         ("test_off.py", ["test_a_trivial_plan_is_the_stock_model[Llama]"]),
         ("test_layer_parallel_logits.py", ["test_one_rank[Llama-bypass1]"]),
     ],
-    ids=["exits", "two-ranks", "classifiers", "off", "groups"],
+    ids=["exits", "two-ranks", "classifiers", "merging", "off", "groups"],
 )
 def test_on_runner_v2(module: str, tests: list[str]) -> None:
     if importlib.util.find_spec("triton") is None:

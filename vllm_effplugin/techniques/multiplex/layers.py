@@ -108,7 +108,8 @@ class Multiplexer(nn.Module):
             members: slot by slot; zeros where `present` is false.
             present: `[N, T]` whether a member reaches a position.
         """
-        sizes = torch.linalg.vector_norm(members, dim=-1, keepdim=True, dtype=torch.float32)
+        precise = torch.promote_types(members.dtype, torch.float32)
+        sizes = torch.linalg.vector_norm(members, dim=-1, keepdim=True, dtype=precise)
         sizes = sizes * self.hidden_size**-0.5
         z = self.down(members / sizes.clamp_min(_TINY).to(members.dtype))
         count = present.sum(0).clamp_min(1)[:, None]
