@@ -33,7 +33,8 @@ def form_groups(
         sizes: numbers of members that a group may have.
 
     Returns:
-        tuples of indices, each in increasing order, ordered by their first.
+        tuples of indices, which take the slots in this order: the shortest first, so that it does
+        not matter in what order a runner keeps sequences of different lengths.
     """
     rows_of: dict[Hashable, list[int]] = defaultdict(list)
     for row, tenant in enumerate(tenants):
@@ -65,7 +66,7 @@ def _groups_of(
     end = len(rows)
     while end:
         if taken[end] > 1:
-            found.append(tuple(sorted(rows[end - taken[end] : end])))
+            found.append(tuple(rows[end - taken[end] : end]))
         end -= taken[end]
     return found
 
