@@ -18,7 +18,6 @@ from tests.engine.test_multiplex import trained
 from tests.tiny import BERT, add_tokenizer, make_checkpoint, make_classifier
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_efficiency, write_checkpoint
-from vllm_effplugin.techniques.multiplex import prepare as stages
 from vllm_effplugin.techniques.multiplex.prepare import Outcome, PrepareRequest, prepare
 
 
@@ -95,7 +94,7 @@ def made(base: Path, out: Path, train: str, work: Path, **changes: Any) -> Outco
     return prepare(base, out, request, work_dir=work, keep=True, console=Console(quiet=True))
 
 
-def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare(tmp_path: Path) -> None:
     """From a model without a head to a checkpoint with figures and a plot; then without a gain."""
     base = make_checkpoint(tmp_path / "base")
     add_tokenizer(base)
@@ -113,8 +112,7 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("none", 9, 3) in mixing
     assert (tmp_path / "out" / "efficiency" / "multiplex.png").read_bytes()[1:4] == b"PNG"
     # What was measured is kept; now nothing is fast enough.
-    monkeypatch.setattr(stages, "WORTH_IT", 1e3)
-    outcome = made(base, tmp_path / "none", train, tmp_path / "work", ablation=True)
+    outcome = made(base, tmp_path / "none", train, tmp_path / "work", ablation=True, least_gain=1e3)
     assert outcome.config is None
     assert read_efficiency(tmp_path / "none") == EfficiencyConfig()
 

@@ -211,10 +211,12 @@ def test_what_is_written() -> None:
         report(2, 6, -0.006, 1.6),
         report(4, 6, -0.05, 2.4),
     )
-    assert choose([alone, slow, fast, wrong], 0.01) == [fast]
-    assert choose([alone, slow, fast, wrong], 0.06) == [fast, wrong]
-    assert choose([alone, slow, fast], 0.007) == [slow]
-    assert choose([alone, slow], 0.005) == []
+    assert choose([alone, slow, fast, wrong], 0.01, 1.03) == [fast]
+    assert choose([alone, slow, fast, wrong], 0.06, 1.03) == [fast, wrong]
+    assert choose([alone, slow, fast], 0.007, 1.03) == [slow]
+    assert choose([alone, slow], 0.005, 1.03) == []
+    assert choose([alone, report(2, 6, 0.0, 0.98, lowest=0.95)], 0.01, 0.9) != []
     assert (
-        choose([alone, report(2, 6, 0.0, 1.02), report(2, 15, 0.0, 1.5, lowest=0.99)], 0.01) == []
+        choose([alone, report(2, 6, 0.0, 1.02), report(2, 15, 0.0, 1.5, lowest=0.99)], 0.01, 1.03)
+        == []
     )

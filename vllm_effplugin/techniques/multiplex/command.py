@@ -21,6 +21,7 @@ from vllm_effplugin.config.checkpoint import require_output
 
 OPTION_NAMES = {
     "most_loss": "max-loss",
+    "least_gain": "min-gain",
     "sizes": "n",
     "depths": "mux-layer",
     "train.learning_rate": "rate",
@@ -73,6 +74,9 @@ def multiplex(
     max_loss: Annotated[
         float, typer.Option(help="Of accuracy against running alone, for a gain of speed.")
     ] = 0.01,
+    min_gain: Annotated[
+        float, typer.Option(help="Of measured speed against running alone; less is not written.")
+    ] = 1.03,
     max_wait_ms: Annotated[
         float, typer.Option(help="How long a request may be held back for a partner.")
     ] = 2.0,
@@ -140,6 +144,7 @@ def multiplex(
                 "ablation": ablation,
                 "groupings": groupings,
                 "most_loss": max_loss,
+                "least_gain": min_gain,
                 "measured_rows": measured_rows,
                 "max_wait_ms": max_wait_ms,
                 "precision": working,

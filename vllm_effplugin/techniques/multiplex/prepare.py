@@ -63,9 +63,6 @@ from vllm_effplugin.techniques.multiplex.training import MultiplexSettings, Mult
 
 logger = logging.getLogger(__name__)
 
-WORTH_IT = 1.03
-"""Measured speed, relative to running alone, from which merging is written."""
-
 REVERSIBLE: Mixing = "reversible"
 
 
@@ -89,12 +86,15 @@ class PrepareRequest(BaseModel):
     )
     groupings: int = Field(GROUPINGS, ge=2, description="Over which accuracy is averaged.")
     most_loss: float = Field(0.01, ge=0, lt=1, description="Of accuracy, for a gain of speed.")
+    least_gain: float = Field(
+        1.03, gt=0, description="Measured speed against running alone, from which it is written."
+    )
     measured_rows: int = Field(512, ge=1, description="Held-out texts classified for speed.")
     max_wait_ms: float = Field(2.0, ge=0, le=1000)
     precision: Precision = "fp32"
 
 
-_CHOOSES = {"most_loss", "measured_rows", "max_wait_ms"}
+_CHOOSES = {"most_loss", "least_gain", "measured_rows", "max_wait_ms"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def prepare(
         reports[0] = run.alone.model_copy(update=speeds[1].model_dump())
         reports += [point.model_copy(update=speeds[point.size].model_dump()) for point in served]
     ablation = [point for point in found if point.mixing != REVERSIBLE]
-    chosen = choose(reports, request.most_loss)
+    chosen = choose(reports, request.most_loss, request.least_gain)
     written = [point.name for point in chosen]
     plot = frontier_png(reports, written)
     title = "Held-out texts" + (
@@ -207,8 +207,8 @@ def prepare(
         )
     else:
         console.print(
-            f"[bold]No gain:[/bold] nothing is faster and loses at most {request.most_loss} of "
-            "accuracy. The checkpoint is written without merging."
+            f"[bold]No gain:[/bold] nothing is {request.least_gain} times as fast and loses "
+            f"at most {request.most_loss} of accuracy. The checkpoint is written without merging."
         )
         write_stock(
             stock, out, provenance, {"multiplex.png": plot}, work.folder, overwrite=overwrite
@@ -228,7 +228,9 @@ def _depths(request: PrepareRequest, num_layers: int, before: EfficiencyConfig) 
     return depths
 
 
-def choose(reports: Sequence[PointReport], most_loss: float) -> list[PointReport]:
+def choose(
+    reports: Sequence[PointReport], most_loss: float, least_gain: float
+) -> list[PointReport]:
     """The points to write: of one depth, all that gain speed and lose little.
 
     A standard error of the difference counts as lost. The depth is that of the fastest.
@@ -236,13 +238,14 @@ def choose(reports: Sequence[PointReport], most_loss: float) -> list[PointReport
     Args:
         reports: measured points.
         most_loss: of accuracy, against running alone.
+        least_gain: of speed, relative to running alone; above 1, every round must have been faster.
     """
     good = [
         report
         for report in reports
         if report.size > 1
-        and (report.ratio or 0) > WORTH_IT
-        and (report.lowest or 0) > 1
+        and (report.ratio or 0) >= least_gain
+        and (report.lowest or 0) > min(1, least_gain)
         and report.difference - report.error >= -most_loss
     ]
     if not good:
