@@ -9,7 +9,8 @@ that multiple of what stock vLLM can answer; milliseconds from arrival to answer
 `multiplex/<task>/<point>`: trained ones, on rows that neither training nor choosing saw: `accuracy`
 is the mean over ten groupings, `spread` their standard deviation, `difference` the accuracy less
 that of the same rows alone with its standard error, `flips` how often a text's class changes with
-its partners. `exits_n2` and `exits_n4` put merging behind the exits of a tuned classifier.
+its partners. `exits_n2` and `exits_n4` put merging behind exits of a tuned classifier: N = 2 behind
+those after 6, 10 and 16 layers, N = 4 behind those after 6 and 10.
 
 The first run prepares the checkpoints: a quarter of an hour per trained case.
 """
@@ -257,35 +258,34 @@ class Trained:
     """What `effplugin prepare multiplex` is asked for."""
 
     recipe: Recipe
-    """Of the classifier that it starts from, without exits."""
     sizes: str
     depth: int
     exits: str = ""
-    """Depths at which confident sequences leave first, as `prepare classify` takes them."""
-    most_loss: float = 0.2
-    """Of accuracy: here everything is shown, and nothing chosen."""
+    """Depths at which confident sequences leave first, as `prepare classify` takes them; "jei" for
+    those of `classification.py`."""
 
     @property
-    def base(self) -> Path:
+    def start(self) -> Path:
         """The classifier that merging is added to."""
+        if self.exits in ("", "jei"):
+            return self.recipe.checkpoint(self.exits or "final")
         return FOLDER / f"{self.recipe.stem}-exits-{self.exits.replace(',', '-')}"
 
     @property
     def checkpoint(self) -> Path:
         """Where it is kept."""
-        start = self.base.name if self.exits else f"{self.recipe.stem}-final"
-        return FOLDER / f"{start}-n{self.sizes.replace(',', '-')}-l{self.depth}"
+        return FOLDER / f"{self.start.name}-n{self.sizes.replace(',', '-')}-l{self.depth}"
 
     def prepare(self, data: Path) -> None:
-        """Make it, unless it is there."""
-        self.recipe.prepare(["final"], data)
-        base, train = self.recipe.checkpoint("final"), data / self.recipe.task.name / "train.jsonl"
-        if self.exits:
-            _prepare("classify", base, self.base, train, "--exits", self.exits)
-            base = self.base
+        """Make it, unless it is there. Everything is to be shown: whatever it loses or gains."""
+        train = data / self.recipe.task.name / "train.jsonl"
+        self.recipe.prepare(["final"] + ["jei"] * (self.exits == "jei"), data)
+        if not self.start.exists():
+            final = self.recipe.checkpoint("final")
+            _prepare("classify", final, self.start, train, "--exits", self.exits)
         options = ["--n", self.sizes, "--mux-layer", str(self.depth)]
-        options += ["--max-loss", str(self.most_loss)]
-        _prepare("multiplex", base, self.checkpoint, train, *options)
+        options += ["--max-loss", "0.5", "--min-gain", "0.1"]
+        _prepare("multiplex", self.start, self.checkpoint, train, *options)
 
 
 def _prepare(technique: str, model: Path, out: Path, train: Path, *options: str) -> None:
@@ -381,7 +381,7 @@ def trained_cases(smollm2: Path, minilm: Path, data: Path) -> list[tuple[Case, T
     sst2 = TASKS["sst2"]
     add("sst2-minilm/n2/l3", Trained(Recipe(sst2, "minilm", minilm), "2", 3))
     tuned = Recipe(sst2, "smollm2", smollm2, lora=True)
-    add("sst2/exits_n2", Trained(tuned, "2", 10, exits="6,10"), quick=True)
+    add("sst2/exits_n2", Trained(tuned, "2", 16, exits="jei"), quick=True)
     add("sst2/exits_n4", Trained(tuned, "4", 10, exits="6,10"))
     return found
 
