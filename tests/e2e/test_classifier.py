@@ -24,6 +24,9 @@ from vllm_effplugin.techniques.joint_exit.evaluate import evaluate_classifier
 from vllm_effplugin.techniques.joint_exit.prepare import ClassifyRequest, Outcome, prepare
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
 
+LAYERS = 6
+"""Of models that `prepare` compiles."""
+
 
 def test_classify_and_pooling_over_http(tmp_path):
     """`/classify` as of the stock model; options and what they did through `/pooling`."""
@@ -151,7 +154,7 @@ def accuracy(probabilities: list[list[float]], labelled: list[dict[str, Any]]) -
 
 def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monkeypatch):
     """One set of states, every method; each is what it says when vLLM serves it."""
-    base = make_checkpoint(tmp_path / "base")
+    base = make_checkpoint(tmp_path / "base", num_hidden_layers=LAYERS)
     add_tokenizer(base)
     asked = request(tmp_path / "data", ablation=True)
     work = tmp_path / "work"
@@ -225,7 +228,7 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monk
     assert found["accuracy"] == pytest.approx(early, abs=0.01)
     full = found["accuracy"] - found["difference"]
     assert full == pytest.approx(accuracy(stock, fresh), abs=0.01)
-    assert 2 <= found["mean_depth"] < 12
+    assert 2 <= found["mean_depth"] < LAYERS
     assert found["speed_ratio"] > 0
     for method in ("joint", "fixed"):
         early = served(tmp_path / method, texts)
@@ -236,7 +239,7 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monk
 
 def test_what_is_stored_in_fp32_is_captured_as_bf16_gives_it_too(tmp_path):
     """vLLM serves it in fp16, a user perhaps in bf16: heads learn from both."""
-    base = make_checkpoint(tmp_path / "base")
+    base = make_checkpoint(tmp_path / "base", num_hidden_layers=LAYERS)
     add_tokenizer(base)
     asked = request(tmp_path / "data", precision="bf16", trade_offs=(1.0,))
     work = tmp_path / "work"
@@ -251,7 +254,13 @@ def test_what_is_stored_in_fp32_is_captured_as_bf16_gives_it_too(tmp_path):
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
 def test_a_classifier_keeps_its_head(tmp_path, family):
     """Exits beside a head that somebody has trained; labels are the model's."""
-    base = make_classifier(tmp_path / "base", family, num_labels=2, id2label={0: "a", 1: "b"})
+    base = make_classifier(
+        tmp_path / "base",
+        family,
+        num_labels=2,
+        id2label={0: "a", 1: "b"},
+        num_hidden_layers=LAYERS,
+    )
     add_tokenizer(base)
     found = run(base, tmp_path / "out", request(tmp_path / "data", most_loss=0.9))
     assert found.chosen["joint"]
@@ -268,10 +277,10 @@ def test_lora_teaches_the_backbone(tmp_path, family):
 
         base = tmp_path / "base"
         torch.manual_seed(0)
-        config = transformers.BertConfig(**BERT)
+        config = transformers.BertConfig(**{**BERT, "num_hidden_layers": LAYERS})
         transformers.BertModel(config).save_pretrained(base)
     else:
-        base = make_checkpoint(tmp_path / "base")
+        base = make_checkpoint(tmp_path / "base", num_hidden_layers=LAYERS)
     add_tokenizer(base)
     tune = {"epochs": 4, "learning_rate": 3e-3, "batch": 16}
     asked = request(tmp_path / "data", tune=tune)

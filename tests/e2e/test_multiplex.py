@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.e2e.server import serving
-from tests.e2e.test_classifier import data
+from tests.e2e.test_classifier import LAYERS, data
 from tests.engine.test_joint_exit import JOINT, tensors
 from tests.engine.test_multiplex import trained
 from tests.tiny import BERT, add_tokenizer, make_checkpoint, make_classifier
@@ -82,7 +82,7 @@ def made(base: Path, out: Path, train: str, work: Path, **changes: Any) -> Outco
         {
             "data": {"train": train},
             "sizes": (2, 3),
-            "depths": (2, 9),
+            "depths": (2, 4),
             "train": {"epochs": 3, "batch": 24, "learning_rate": 2e-3},
             "head": {"warm_up_epochs": 4},
             "groupings": 3,
@@ -96,7 +96,7 @@ def made(base: Path, out: Path, train: str, work: Path, **changes: Any) -> Outco
 
 def test_prepare(tmp_path: Path) -> None:
     """From a model without a head to a checkpoint with figures and a plot; then without a gain."""
-    base = make_checkpoint(tmp_path / "base")
+    base = make_checkpoint(tmp_path / "base", num_hidden_layers=LAYERS)
     add_tokenizer(base)
     train = data(tmp_path / "train.jsonl", 600)
     outcome = made(base, tmp_path / "out", train, tmp_path / "work", ablation=True)
@@ -105,11 +105,11 @@ def test_prepare(tmp_path: Path) -> None:
     assert efficiency.multiplex == outcome.config
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
     points = {(point["depth"], point["size"]) for point in provenance["points"]}
-    assert points == {(0, 1), (2, 2), (2, 3), (9, 2), (9, 3)}
+    assert points == {(0, 1), (2, 2), (2, 3), (4, 2), (4, 3)}
     assert all(point["ratio"] > 0 for point in provenance["points"])
     mixing = [(p["mixing"], p["depth"], p["size"]) for p in provenance["ablation"]]
     assert ("released", 2, 2) in mixing
-    assert ("none", 9, 3) in mixing
+    assert ("none", 4, 3) in mixing
     assert (tmp_path / "out" / "efficiency" / "multiplex.png").read_bytes()[1:4] == b"PNG"
     # What was measured is kept; now nothing is fast enough.
     outcome = made(base, tmp_path / "none", train, tmp_path / "work", ablation=True, least_gain=1e3)
@@ -118,7 +118,9 @@ def test_prepare(tmp_path: Path) -> None:
 
 
 def test_prepare_an_encoder(tmp_path: Path) -> None:
-    base = make_classifier(tmp_path / "base", "Bert", **{**BERT, "num_labels": 2})
+    base = make_classifier(
+        tmp_path / "base", "Bert", **{**BERT, "num_labels": 2, "num_hidden_layers": LAYERS}
+    )
     add_tokenizer(base)
     train = data(tmp_path / "train.jsonl", 300)
     outcome = made(base, tmp_path / "out", train, tmp_path / "work", sizes=(4,), depths=(1,))

@@ -13,7 +13,7 @@ from tests.engine.test_layer_parallel_logits import (
     prompts,
 )
 from tests.engine.test_off import run
-from tests.tiny import counters, engine, isolated, overrides
+from tests.tiny import counters, engine, isolated, make_checkpoint, overrides
 
 GROUPS = {"groups": MIXED_SIZES, "bypass": 1}
 
@@ -50,12 +50,13 @@ def test_ngram_speculation_gives_the_same_tokens(tiny):
     assert (tokens, 0) == speculated(tiny(), None)
 
 
-def test_compiled_on_two_ranks(tiny):
+def test_compiled_on_two_ranks(tmp_path):
     """Each rank compiles its own member's graph; both must make the same collective calls."""
-    layer_parallel = {"groups": [[0, 1], [4, 5]], "bypass": 1}
+    model = make_checkpoint(tmp_path, num_hidden_layers=6)
+    layer_parallel = {"groups": [[0, 1], [3, 4]], "bypass": 1}
     changed = overrides("Llama", {"layer_parallel": layer_parallel})
-    results = isolated(run, tiny(), changed, tp=2, enforce_eager=False)
-    assert largest_difference(tiny(), layer_parallel, results, prompts()) <= 1e-3
+    results = isolated(run, model, changed, tp=2, enforce_eager=False)
+    assert largest_difference(model, layer_parallel, results, prompts()) <= 1e-3
 
 
 def test_bf16_differs_by_its_rounding_only(tiny):

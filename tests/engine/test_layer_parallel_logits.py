@@ -97,7 +97,7 @@ def largest_difference(checkpoint, layer_parallel: dict | None, results, request
     """Largest |engine logit - reference logit| over all generated positions."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     efficiency = parse_efficiency({"layer_parallel": layer_parallel} if layer_parallel else None)
-    units = build_plan(efficiency, LAYERS).units
+    units = build_plan(efficiency, model.config.num_hidden_layers).units
     worst = 0.0
     for prompt, (tokens, logits) in zip(requests, results, strict=True):
         with torch.no_grad():

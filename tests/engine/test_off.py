@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.test_layer_parallel_logits import generate, prompts
-from tests.tiny import FAMILIES, architecture, engine, isolated, overrides
+from tests.tiny import FAMILIES, architecture, engine, isolated, make_checkpoint, overrides
 
 TRIVIAL_PLANS = {
     "no block": None,
@@ -46,24 +46,26 @@ def test_segments_compute_what_the_whole_stack_computes(tiny):
     assert_identical(stock, split)
 
 
-def test_a_trivial_plan_is_the_stock_model_compiled(tiny):
+def test_exits_that_nobody_takes_are_the_stock_model_compiled(tmp_path):
+    """Without exits: tests/e2e/test_smollm2.py."""
+    model = make_checkpoint(tmp_path, num_hidden_layers=6)
     compiled = {"dtype": "bfloat16", "enforce_eager": False}
-    stock = isolated(run, tiny(), {"architectures": [architecture("Llama")]}, **compiled)
-    for name in ("no block", "no exit is taken"):
-        changed = overrides("Llama", TRIVIAL_PLANS[name])
-        assert_identical(stock, isolated(run, tiny(), changed, **compiled))
+    stock = isolated(run, model, {"architectures": [architecture("Llama")]}, **compiled)
+    changed = overrides("Llama", {"early_exit": {"exits": [{"depth": 2}, {"depth": 4}]}})
+    assert_identical(stock, isolated(run, model, changed, **compiled))
 
 
-def test_compiled_segments_do_not_share_artifacts(tiny):
+def test_compiled_segments_do_not_share_artifacts(tmp_path):
     """Each segment is a graph of its own; loaded for another, it would compute other layers.
 
     In fp32: within one graph Inductor keeps bf16 sums in fp32, so that in bf16 a segment's end
     rounds once more than the whole stack does there.
     """
-    changed = overrides("Llama", {"split_after": [2, 3, 8]})
-    whole = run(tiny(), overrides("Llama", None), dtype="float32")
+    model = make_checkpoint(tmp_path, num_hidden_layers=6)
+    changed = overrides("Llama", {"split_after": [1, 2, 4]})
+    whole = run(model, overrides("Llama", None), dtype="float32")
     for _ in range(2):  # compiled, then loaded from the cache
-        split = isolated(run, tiny(), changed, dtype="float32", enforce_eager=False)
+        split = isolated(run, model, changed, dtype="float32", enforce_eager=False)
         for (tokens, logits), (other_tokens, other_logits) in zip(whole, split, strict=True):
             assert tokens == other_tokens
             assert (logits - other_logits).abs().max() <= 1e-3
