@@ -6,11 +6,12 @@ Case names: `multiplex/n<N>/l<l>/<input>`, adapters that are not trained, for th
 64 or 256 tokens, or `mixed` ones of 32 to 256, all submitted at once; `ideal` is the gain if
 merging itself cost nothing, `L / (l + (L - l) / N)`. `multiplex/poisson/<load>`: requests arrive at
 that multiple of what stock vLLM can answer; milliseconds from arrival to answer.
-`multiplex/<task>/<point>`: trained ones, on rows that neither training nor choosing saw: `accuracy`
-is the mean over ten groupings, `spread` their standard deviation, `difference` the accuracy less
-that of the same rows alone with its standard error, `flips` how often a text's class changes with
-its partners. `exits_n2` and `exits_n4` put merging behind exits of a tuned classifier: N = 2 behind
-those after 6, 10 and 16 layers, N = 4 behind those after 6 and 10.
+`multiplex/<task>/<point>`: trained ones, on rows that neither training nor choosing saw. `alone_s`
+is `requests_s` of the same engine if nobody may merge; `accuracy` is the mean over ten groupings,
+`spread` their standard deviation, `difference` the accuracy less that of the same rows alone with
+its standard error, `flips` how often a text's class changes with its partners. `exits_n2` and
+`exits_n4` put merging behind exits of a tuned classifier: N = 2 behind those after 6, 10 and 16
+layers, N = 4 behind those after 6 and 10.
 
 The first run prepares the checkpoints: a quarter of an hour per trained case.
 """
@@ -201,12 +202,15 @@ class TextThroughput:
     """Texts classified per second, all of them submitted at once."""
 
     rows: Rows
+    merged: bool = True
+    """False: each of them alone, on an engine that could merge them."""
     count: int = 512
 
     def __call__(self, engine: Engine) -> float:
         texts = self.rows.read()[0][: self.count]
+        params = None if self.merged else multiplex_pooling_params(mux=False)
         start = time.perf_counter()
-        engine.llm.classify(texts, use_tqdm=False)
+        engine.llm.classify(texts, pooling_params=params, use_tqdm=False)
         return len(texts) / (time.perf_counter() - start)
 
 
@@ -362,6 +366,7 @@ def trained_cases(smollm2: Path, minilm: Path, data: Path) -> list[tuple[Case, T
         figures = ("spread", "flips", "difference", "difference_se")
         metrics = (
             Metric("requests_s", TextThroughput(rows), better="higher"),
+            Metric("alone_s", TextThroughput(rows, merged=False), better="higher", alone=True),
             Metric("accuracy", Answers(rows, "accuracy"), better="higher", once=True),
             *(
                 Metric(figure, Answers(rows, figure), better="lower", once=True, alone=True)
