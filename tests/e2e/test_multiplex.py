@@ -73,6 +73,8 @@ def test_over_http(tmp_path: Path) -> None:
     assert min(sequences.values()) > 0
     padding = float(shown[f"effplugin_multiplex_padding_share{{{labels}}}"])
     assert 0 < padding < 1
+    for name in ("passed_over", "held", "held_seconds"):
+        assert float(shown[f"effplugin_multiplex_{name}_total{{{labels}}}"]) >= 0
     share = float(shown[f"effplugin_multiplex_unmerged_share{{{labels}}}"])
     assert share == pytest.approx(sequences[1] / sum(sequences.values()))
 

@@ -284,6 +284,25 @@ def test_a_full_queue_leaves_nobody_over(classifier, tmp_path):
     with serving(base, tmp_path / "mux", block(4, (4,)), max_num_seqs=5) as llm:
         sizes = [size for _, size in classify(llm, ids)]
         assert sizes == [4] * 20 + [1, 1]
+        counters = llm.llm_engine.engine_core.engine_core.scheduler.counters
+        assert (counters["passed_over"], counters["held"]) == (5, 0)
+        assert counters["held_us"] > 0
+
+
+def test_a_lonely_request_is_held_back_and_counted(classifier, tmp_path):
+    """Where others came lately, one that is alone waits for the next, but no longer than told."""
+    base = classifier("Llama")
+    with serving(base, tmp_path / "mux", block(4, (2,), max_wait_ms=200)) as llm:
+        classify(llm, [[7] * 100] * 8)
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler._layer_token = 1.0  # a machine so slow that any wait pays
+        before = dict(scheduler.counters.as_dict())
+        assert [size for _, size in classify(llm, [[7] * 100] * 3)] == [2, 2, 1]
+        [(_, size)] = classify(llm, [[7] * 100])
+        after = scheduler.counters.as_dict()
+    assert size == 1
+    assert after["held"] > before["held"]
+    assert 0 < after["held_us"] - before["held_us"] < 2 * 200_000
 
 
 def test_random_schedules(classifier, tmp_path):

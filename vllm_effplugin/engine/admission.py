@@ -25,6 +25,7 @@ from vllm_effplugin.engine.settings import (
     verifies,
 )
 from vllm_effplugin.techniques.early_exit.totals import ExitReporter
+from vllm_effplugin.techniques.multiplex.totals import QueueReporter
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -75,6 +76,8 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
         if plan.has_sequences:
             refusals.with_sequences(vllm_config)
             _bring_loop(vllm_config, sequence_reporter(efficiency, len(plan.unit_of)))
+            if efficiency.multiplex is not None:
+                _watch(vllm_config, QueueReporter(), "scheduler")
             if vllm_config.model_config.io_processor_plugin is None:
                 vllm_config.model_config.io_processor_plugin = IO_PROCESSOR
         if not plan.is_trivial:
@@ -85,11 +88,17 @@ def _bring_loop(vllm_config: VllmConfig, reporter: Reporter) -> None:
     """What a model needs whose rows change on the way."""
     vllm_config.parallel_config.worker_cls = WORKERS[current_platform.device_type]
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    _watch(vllm_config, reporter, "worker")
+
+
+def _watch(vllm_config: VllmConfig, reporter: Reporter, part: str) -> None:
+    """Show at `/metrics` what a part of the engine counts."""
     COLLECTOR.watch(
         vllm_config.instance_id,
         str(vllm_config.model_config.served_model_name),
         reporter,
         vllm_config.parallel_config.data_parallel_size,
+        part,
     )
 
 

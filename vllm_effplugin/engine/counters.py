@@ -1,4 +1,4 @@
-"""What a model did: running totals of one worker, readable from another process of the machine."""
+"""What an engine did: running totals of one part of it, readable from another process."""
 
 from __future__ import annotations
 
@@ -73,14 +73,15 @@ class Counters:
         }
 
 
-def counters_path(instance: str, replica: int) -> Path:
-    """Where the worker of an engine keeps its totals.
+def counters_path(instance: str, replica: int, part: str = "worker") -> Path:
+    """Where a part of an engine keeps its totals.
 
     Args:
         instance: the `instance_id` of the server's configuration.
         replica: the engine's data-parallel index, 0 where there is one engine.
+        part: `worker` or `scheduler`.
     """
-    name = f"vllm-effplugin-{os.getuid()}-{instance}-{replica}.counters"
+    name = f"vllm-effplugin-{os.getuid()}-{instance}-{replica}-{part}.counters"
     return Path(tempfile.gettempdir()) / name
 
 

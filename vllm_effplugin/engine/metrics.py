@@ -1,8 +1,8 @@
 """What a technique did, at `/metrics`.
 
-Workers count in processes of their own. vLLM's statistics have no field for a model's own figures
-(patches/README.md, "statistics of a model"), so a worker publishes its totals in a small shared
-file, and a Prometheus collector in the API server's process reads it when it is asked.
+Workers and schedulers count in processes of their own. vLLM's statistics have no field for a
+model's own figures (patches/README.md, "statistics of a model"), so each publishes its totals in a
+small shared file, and a Prometheus collector in the API server's process reads it when it is asked.
 """
 
 from __future__ import annotations
@@ -61,16 +61,18 @@ class Reporter(ABC):
 
 @dataclass(frozen=True)
 class _Watched:
-    """One engine whose totals are shown."""
+    """A part of an engine, whose totals are shown."""
 
     model_name: str
     engine: int
     instance: str
+    part: str
     reporter: Reporter
 
     def totals(self) -> Counters | None:
         try:
-            return read(counters_path(self.instance, self.engine), self.reporter.layout)
+            path = counters_path(self.instance, self.engine, self.part)
+            return read(path, self.reporter.layout)
         except (OSError, ValueError):
             return None  # not started yet, gone, or on another machine
 
@@ -84,10 +86,17 @@ class TotalsCollector(Collector):
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._registry = registry
-        self._watched: dict[tuple[str, int], _Watched] = {}
+        self._watched: dict[tuple[str, int, str], _Watched] = {}
 
-    def watch(self, instance: str, model_name: str, reporter: Reporter, replicas: int = 1) -> None:
-        """Show an engine from now on.
+    def watch(
+        self,
+        instance: str,
+        model_name: str,
+        reporter: Reporter,
+        replicas: int = 1,
+        part: str = "worker",
+    ) -> None:
+        """Show a part of an engine from now on.
 
         Args:
             instance: the engine's `instance_id`.
@@ -96,7 +105,8 @@ class TotalsCollector(Collector):
         if not self._watched:
             self._registry.register(self)
         for engine in range(replicas):
-            self._watched[instance, engine] = _Watched(model_name, engine, instance, reporter)
+            watched = _Watched(model_name, engine, instance, part, reporter)
+            self._watched[instance, engine, part] = watched
 
     def collect(self) -> Iterable[Metric]:
         """All families, with samples of each engine that has totals."""

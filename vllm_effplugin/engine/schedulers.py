@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
@@ -14,11 +15,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_effplugin.engine.counters import counters_path, publish
 from vllm_effplugin.engine.settings import efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
 from vllm_effplugin.techniques.joint_exit import request as exit_request
 from vllm_effplugin.techniques.multiplex import request as mux_request
 from vllm_effplugin.techniques.multiplex.queue import Admission, Room, Waiting
+from vllm_effplugin.techniques.multiplex.totals import QUEUE_TOTALS
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -85,6 +88,12 @@ class _MergingRequests(_SaltedRequests):
         self._admission = Admission(multiplex, self._layers)
         self._tenants: dict[str, str | None] = {}
         self._passed_over: set[str] = set()
+        self._held: dict[str, float] = {}
+        path = counters_path(
+            vllm_config.instance_id, vllm_config.parallel_config.data_parallel_index, "scheduler"
+        )
+        self.counters = publish(path, QUEUE_TOTALS)
+        weakref.finalize(self, path.unlink, missing_ok=True)
         self._last_arrival: float | None = None
         self._gap: float | None = None
         self._layer_token = self._last_output = 0.0
@@ -105,6 +114,7 @@ class _MergingRequests(_SaltedRequests):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._tenants.pop(request.request_id, None)
         self._passed_over.discard(request.request_id)
+        self._held.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -131,13 +141,25 @@ class _MergingRequests(_SaltedRequests):
         starts, fits = self._admission.starting(
             queue, Room(budget, seats, not running), self._expected_gap(), self._layer_token
         )
+        names = [request.request_id for request in first[:fits]]
+        self._count_held(names[:starts], names[starts:])
         if starts:
-            self._passed_over = {request.request_id for request in first[starts:fits]}
+            self._passed_over = set(names[starts:])
         if starts == fits and (fits == len(queue) or queue[fits].tenant is None):
             # The next one, if there is one, may start in what is left of the step: in parts it
             # could not merge, and it will not.
             return seats
         return starts
+
+    def _count_held(self, starting: list[str], held: list[str]) -> None:
+        now = time.monotonic()
+        for name in held:
+            if name not in self._held:
+                self._held[name] = now
+                self.counters.add("passed_over" if starting else "held", 1)
+        for name in starting:
+            since = self._held.pop(name, now)
+            self.counters.add("held_us", round(1e6 * (now - since)))
 
     def _queue(self, requests: Sequence[Request]) -> list[Waiting]:
         now = time.time()

@@ -62,5 +62,36 @@ class MultiplexReporter(Reporter):
             )
 
 
+QUEUE_TOTALS = Layout(("passed_over", "held", "held_us"), {})
+"""What the scheduler counts: requests that started a step later for the sake of better groups,
+those that waited for a partner, and the microseconds that all of these waited for it."""
+
+
+class QueueReporter(Reporter):
+    """Shows them."""
+
+    layout = QUEUE_TOTALS
+
+    def show(self, totals: Counters, labels: list[str], families: Families) -> None:
+        for name, help, value in (
+            (
+                "passed_over",
+                "Requests that started a step later, so that those in a step merge better.",
+                totals["passed_over"],
+            ),
+            (
+                "held",
+                "Requests held back until a partner came, or for long enough.",
+                totals["held"],
+            ),
+            (
+                "held_seconds",
+                "Time that requests were passed over or held back.",
+                totals["held_us"] / 1e6,
+            ),
+        ):
+            families.counter(f"effplugin_multiplex_{name}", help).add_metric(labels, value)
+
+
 def _share(part: int, whole: int, otherwise: float = 1.0) -> float:
     return part / whole if whole else otherwise
