@@ -21,6 +21,7 @@ has. A method whose every operating point loses too much accuracy is the stock c
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -254,8 +255,8 @@ def build_minilm(folder: Path) -> None:
     partial.rename(folder)
 
 
-if __name__ == "__main__":
-    parser = argument_parser(__doc__)
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """With a model and a folder of data sets."""
     parser.add_argument(
         "--model", type=Path, default=CACHE / "smollm2", help="SmolLM2 checkpoint directory"
     )
@@ -268,6 +269,11 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("give --data DIR, or set EFFPLUGIN_DATA")
+    return arguments
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments(argument_parser(__doc__))
     encoder = CACHE / "minilm"
     found = cases(arguments.model, encoder, arguments.data)
     chosen = select([case for case, _ in found], arguments.cases, quick=arguments.quick)

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from classification import TASKS, Recipe, Rows, build_minilm
+from classification import TASKS, Recipe, Rows, build_minilm, parse_arguments
 from harness import (
     CACHE,
     Case,
@@ -439,18 +439,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--two-engines", action="store_true", help="two stock engines against one, nothing else"
     )
-    parser.add_argument(
-        "--model", type=Path, default=CACHE / "smollm2", help="SmolLM2 checkpoint directory"
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("EFFPLUGIN_DATA"),
-        help="folder of the data sets",
-    )
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give --data DIR, or set EFFPLUGIN_DATA")
+    arguments = parse_arguments(parser)
     encoder = CACHE / "minilm"
     trained = trained_cases(arguments.model, encoder, arguments.data)
     speed, poisson = speed_cases(arguments.model), poisson_cases(1.0)

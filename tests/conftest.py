@@ -25,7 +25,7 @@ def _take_a_core(worker: str) -> None:
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _take_a_core(os.environ["PYTEST_XDIST_WORKER"])
 
-from tests.tiny import make_checkpoint  # noqa: E402
+from tests.tiny import make_checkpoint, make_classifier  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +45,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
     def checkpoint(family: str = "Llama") -> Path:
         if family not in made:
             made[family] = make_checkpoint(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory):
+    """The same for stock classifiers: `classifier("Bert")`."""
+    made: dict[str, Path] = {}
+
+    def checkpoint(family: str = "Llama") -> Path:
+        if family not in made:
+            made[family] = make_classifier(tmp_path_factory.mktemp(family), family)
         return made[family]
 
     return checkpoint

@@ -40,6 +40,13 @@ def serving(checkpoint: Path, folder: Path, *options: str) -> Iterator[tuple[htt
         server.wait(timeout=60)
 
 
+def shown(client: httpx.Client) -> dict[str, float]:
+    """Every sample at `/metrics`, by name and labels."""
+    lines = client.get("/metrics").text.splitlines()
+    samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
 def _wait_until_healthy(client: httpx.Client, server: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:

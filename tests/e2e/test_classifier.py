@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from tests.e2e.server import serving
+from tests.e2e.server import serving, shown
 from tests.engine.test_joint_exit import JOINT, checkpoint
 from tests.tiny import BERT, VOCAB, add_tokenizer, engine, make_checkpoint, make_classifier
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_model_config
@@ -84,19 +84,15 @@ def test_classify_and_pooling_over_http(tmp_path):
             assert refused.status_code == 400, refused.text
             assert "data" in refused.text
         assert classify() == [pytest.approx(p, abs=1e-5) for p in plain]
-        shown = dict(
-            line.rsplit(" ", 1)
-            for line in client.get("/metrics").text.splitlines()
-            if not line.startswith("#")
-        )
+        samples = shown(client)
     labels = 'engine="0",model_name="demo"'
     answered = {
-        depth: float(shown[f'effplugin_classify_sequences_total{{depth="{depth}",{labels}}}'])
+        depth: samples[f'effplugin_classify_sequences_total{{depth="{depth}",{labels}}}']
         for depth in (3, 6, 9, 12)
     }
     assert sum(answered.values()) == (8 + 64) * len(texts)
     mean = sum(depth * count for depth, count in answered.items()) / sum(answered.values())
-    assert float(shown[f"effplugin_classify_mean_depth{{{labels}}}"]) == pytest.approx(mean)
+    assert samples[f"effplugin_classify_mean_depth{{{labels}}}"] == pytest.approx(mean)
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:

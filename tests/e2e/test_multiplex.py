@@ -11,7 +11,7 @@ import httpx
 import pytest
 from rich.console import Console
 
-from tests.e2e.server import serving
+from tests.e2e.server import serving, shown
 from tests.e2e.test_classifier import LAYERS, data
 from tests.engine.test_joint_exit import JOINT, tensors
 from tests.engine.test_multiplex import trained
@@ -60,22 +60,18 @@ def test_over_http(tmp_path: Path) -> None:
             assert "data" in refused.text
         for row, before in zip(rows(mux=False, exit=False), alone, strict=True):
             assert row["probs"] == pytest.approx(before["probs"], abs=1e-5)
-        shown = dict(
-            line.rsplit(" ", 1)
-            for line in client.get("/metrics").text.splitlines()
-            if not line.startswith("#")
-        )
+        samples = shown(client)
     labels = 'engine="0",model_name="demo"'
     sequences = {
-        size: float(shown[f'effplugin_multiplex_sequences_total{{{labels},size="{size}"}}'])
+        size: samples[f'effplugin_multiplex_sequences_total{{{labels},size="{size}"}}']
         for size in (1, 2)
     }
     assert min(sequences.values()) > 0
-    padding = float(shown[f"effplugin_multiplex_padding_share{{{labels}}}"])
+    padding = samples[f"effplugin_multiplex_padding_share{{{labels}}}"]
     assert 0 < padding < 1
     for name in ("passed_over", "held", "held_seconds"):
-        assert float(shown[f"effplugin_multiplex_{name}_total{{{labels}}}"]) >= 0
-    share = float(shown[f"effplugin_multiplex_unmerged_share{{{labels}}}"])
+        assert samples[f"effplugin_multiplex_{name}_total{{{labels}}}"] >= 0
+    share = samples[f"effplugin_multiplex_unmerged_share{{{labels}}}"]
     assert share == pytest.approx(sequences[1] / sum(sequences.values()))
 
 

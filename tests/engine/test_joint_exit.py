@@ -14,7 +14,7 @@ import pytest
 import torch
 from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 
-from tests.tiny import CLASSES, VOCAB, counters, engine, make_classifier
+from tests.tiny import CLASSES, VOCAB, counters, engine
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.preparation.backbone import load_backbone
@@ -44,19 +44,6 @@ def prompts(count: int = 24, longest: int = 60) -> list[list[int]]:
     return [
         [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, longest))] for _ in range(count)
     ]
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Makes, once, the stock classifier of a family."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = make_classifier(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return make
 
 
 def tensors(config: JointExitConfig, classes: int = CLASSES) -> dict[str, torch.Tensor]:

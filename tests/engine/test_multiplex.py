@@ -13,7 +13,7 @@ import torch
 
 from tests.engine.test_joint_exit import JOINT, tensors
 from tests.engine.test_joint_exit import reference as exits_reference
-from tests.tiny import CLASSES, LAYERS, VOCAB, engine, make_classifier
+from tests.tiny import CLASSES, LAYERS, VOCAB, engine
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.preparation.backbone import load_backbone
@@ -34,19 +34,6 @@ def prompts(count: int = 24, longest: int = 60, seed: int = 0) -> list[list[int]
     return [
         [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, longest))] for _ in range(count)
     ]
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Makes, once, the stock classifier of a family."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = make_classifier(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return make
 
 
 def trained(sizes: Sequence[int]) -> dict[str, torch.Tensor]:

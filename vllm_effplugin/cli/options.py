@@ -43,6 +43,56 @@ WorkDir = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")]
 
+# Of preparations on labelled texts.
+Train = Annotated[
+    str,
+    typer.Option(help="Labelled texts: .jsonl, .csv, or OWNER/NAME[/CONFIG]@SPLIT of the hub."),
+]
+Dev = Annotated[str | None, typer.Option(help="Held-out ones, to choose on.")]
+DevShare = Annotated[
+    float, typer.Option(help="Without --dev: share of the training rows that is held out.")
+]
+Labels = Annotated[
+    str | None, typer.Option(help='Names of the classes in order: "negative,positive".')
+]
+Column = Annotated[str, typer.Option(help="Name of the field.")]
+Template = Annotated[
+    str | None, typer.Option(help="Of {text} and {text_pair}; what clients have to send.")
+]
+MaxLength = Annotated[int, typer.Option(help="Tokens at which a text is cut off.", min=1)]
+MeasuredRows = Annotated[
+    int, typer.Option(help="Held-out texts that are classified for speed.", min=1)
+]
+COLUMN_OPTIONS = {
+    "columns.text": "text-column",
+    "columns.text_pair": "pair-column",
+    "columns.label": "label-column",
+}
+"""Names of the options for columns, by section and field."""
+
+
+def labelled_data(
+    train: str,
+    dev: str | None,
+    dev_share: float,
+    columns: tuple[str, str, str],
+    labels: str | None,
+    template: str | None,
+    max_length: int,
+    seed: int,
+) -> dict[str, Any]:
+    """`DataSettings`, not yet validated, from these options."""
+    return {
+        "train": train,
+        "dev": dev,
+        "dev_share": dev_share,
+        "columns": dict(zip(("text", "text_pair", "label"), columns, strict=True)),
+        "labels": None if labels is None else [name.strip() for name in labels.split(",")],
+        "template": template,
+        "max_length": max_length,
+        "seed": seed,
+    }
+
 
 def parse_numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
     """Numbers as typed: `14,20,24`.

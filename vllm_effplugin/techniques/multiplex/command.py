@@ -7,14 +7,24 @@ from typing import Annotated
 import typer
 
 from vllm_effplugin.cli.options import (
+    COLUMN_OPTIONS,
+    Column,
+    Dev,
+    DevShare,
+    Labels,
+    MaxLength,
+    MeasuredRows,
     Model,
     Out,
     Overwrite,
     Precision,
     Seed,
+    Template,
+    Train,
     WorkDir,
     WorkingPrecision,
     in_options,
+    labelled_data,
     parse_numbers,
 )
 from vllm_effplugin.config.checkpoint import require_output
@@ -25,9 +35,7 @@ OPTION_NAMES = {
     "sizes": "n",
     "depths": "mux-layer",
     "train.learning_rate": "rate",
-    "columns.text": "text-column",
-    "columns.text_pair": "pair-column",
-    "columns.label": "label-column",
+    **COLUMN_OPTIONS,
 }
 """Of fields of the request that options are not named after."""
 
@@ -35,29 +43,15 @@ OPTION_NAMES = {
 def multiplex(
     model: Model,
     out: Out,
-    train: Annotated[
-        str,
-        typer.Option(help="Labelled texts: .jsonl, .csv, or OWNER/NAME[/CONFIG]@SPLIT of the hub."),
-    ],
-    dev: Annotated[
-        str | None, typer.Option(help="Held-out ones, to compare and choose on.")
-    ] = None,
-    dev_share: Annotated[
-        float, typer.Option(help="Without --dev: share of the training rows that is held out.")
-    ] = 0.15,
-    labels: Annotated[
-        str | None, typer.Option(help='Names of the classes in order: "negative,positive".')
-    ] = None,
-    text_column: Annotated[str, typer.Option(help="Name of the field.")] = "text",
-    pair_column: Annotated[str, typer.Option(help="Name of the field.")] = "text_pair",
-    label_column: Annotated[str, typer.Option(help="Name of the field.")] = "label",
-    template: Annotated[
-        str | None,
-        typer.Option(help="Of {text} and {text_pair}; what clients have to send."),
-    ] = None,
-    max_length: Annotated[
-        int, typer.Option(help="Tokens at which a text is cut off.", min=1)
-    ] = 512,
+    train: Train,
+    dev: Dev = None,
+    dev_share: DevShare = 0.15,
+    labels: Labels = None,
+    text_column: Column = "text",
+    pair_column: Column = "text_pair",
+    label_column: Column = "label",
+    template: Template = None,
+    max_length: MaxLength = 512,
     n: Annotated[
         str,
         typer.Option("--n", help='Sequences that run as one; several are trained jointly: "2,4".'),
@@ -89,9 +83,7 @@ def multiplex(
             "--ablation", help="Also train plain adapters and the released code's layout; compare."
         ),
     ] = False,
-    measured_rows: Annotated[
-        int, typer.Option(help="Held-out texts that are classified for speed.", min=1)
-    ] = 512,
+    measured_rows: MeasuredRows = 512,
     precision: WorkingPrecision = Precision.auto,
     seed: Seed = 0,
     work_dir: WorkDir = None,
@@ -113,23 +105,12 @@ def multiplex(
     from vllm_effplugin.techniques.multiplex.prepare import prepare as run
 
     working = precision.resolve()
+    columns = (text_column, pair_column, label_column)
+    data = labelled_data(train, dev, dev_share, columns, labels, template, max_length, seed)
     try:
         request = PrepareRequest.model_validate(
             {
-                "data": {
-                    "train": train,
-                    "dev": dev,
-                    "dev_share": dev_share,
-                    "columns": {
-                        "text": text_column,
-                        "text_pair": pair_column,
-                        "label": label_column,
-                    },
-                    "labels": None if labels is None else [x.strip() for x in labels.split(",")],
-                    "template": template,
-                    "max_length": max_length,
-                    "seed": seed,
-                },
+                "data": data,
                 "sizes": sorted(set(parse_numbers("--n", n, int))),
                 "depths": None
                 if mux_layer is None
