@@ -264,29 +264,30 @@ class Trained:
     recipe: Recipe
     sizes: str
     depth: int
+    method: str = "final"
+    """Which of the recipe's checkpoints it starts from."""
     exits: str = ""
-    """Depths at which confident sequences leave first, as `prepare classify` takes them; "jei" for
-    those of `classification.py`."""
+    """Depths of further exits, before the merge, as `prepare classify` takes them."""
 
     @property
     def start(self) -> Path:
         """The classifier that merging is added to."""
-        if self.exits in ("", "jei"):
-            return self.recipe.checkpoint(self.exits or "final")
+        if not self.exits:
+            return self.recipe.checkpoint(self.method)
         return FOLDER / f"{self.recipe.stem}-exits-{self.exits.replace(',', '-')}"
 
     @property
     def checkpoint(self) -> Path:
         """Where it is kept."""
-        return FOLDER / f"{self.start.name}-n{self.sizes.replace(',', '-')}-l{self.depth}"
+        return FOLDER / f"{self.start.name}-n{self.sizes}-l{self.depth}"
 
     def prepare(self, data: Path) -> None:
         """Make it, unless it is there. Everything is to be shown: whatever it loses or gains."""
         train = data / self.recipe.task.name / "train.jsonl"
-        self.recipe.prepare(["final"] + ["jei"] * (self.exits == "jei"), data)
-        if not self.start.exists():
-            final = self.recipe.checkpoint("final")
-            _prepare("classify", final, self.start, train, "--exits", self.exits)
+        self.recipe.prepare(sorted({"final", self.method}), data)
+        if self.exits:
+            base = self.recipe.checkpoint(self.method)
+            _prepare("classify", base, self.start, train, "--exits", self.exits)
         options = ["--n", self.sizes, "--mux-layer", str(self.depth)]
         options += ["--max-loss", "0.5", "--min-gain", "0.1"]
         _prepare("multiplex", self.start, self.checkpoint, train, *options)
@@ -386,7 +387,7 @@ def trained_cases(smollm2: Path, minilm: Path, data: Path) -> list[tuple[Case, T
     sst2 = TASKS["sst2"]
     add("sst2-minilm/n2/l3", Trained(Recipe(sst2, "minilm", minilm), "2", 3))
     tuned = Recipe(sst2, "smollm2", smollm2, lora=True)
-    add("sst2/exits_n2", Trained(tuned, "2", 16, exits="jei"), quick=True)
+    add("sst2/exits_n2", Trained(tuned, "2", 16, method="jei"), quick=True)
     add("sst2/exits_n4", Trained(tuned, "4", 10, exits="6,10"))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,30 +38,27 @@ def data() -> Path:
     return Path(folder)
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory):
-    """Makes, once per session, the tiny checkpoint of a family: `tiny("Qwen3")`."""
+def _once_per_family(folders: pytest.TempPathFactory, make: Callable[[Path, str], Path]):
     made: dict[str, Path] = {}
 
     def checkpoint(family: str = "Llama") -> Path:
         if family not in made:
-            made[family] = make_checkpoint(tmp_path_factory.mktemp(family), family)
+            made[family] = make(folders.mktemp(family), family)
         return made[family]
 
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """Makes, once per session, the tiny checkpoint of a family: `tiny("Qwen3")`."""
+    return _once_per_family(tmp_path_factory, make_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory):
     """The same for stock classifiers: `classifier("Bert")`."""
-    made: dict[str, Path] = {}
-
-    def checkpoint(family: str = "Llama") -> Path:
-        if family not in made:
-            made[family] = make_classifier(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return checkpoint
+    return _once_per_family(tmp_path_factory, make_classifier)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

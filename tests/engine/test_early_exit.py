@@ -304,12 +304,13 @@ def ask(llm: Any, requests: list[list[int]], *asked: dict[str, Any], **fields: A
 @pytest.mark.parametrize(
     ("exits", "policy", "compaction"),
     [
+        (SOME, "recompute", "always"),
         (SOME, "recompute", "auto"),
         (SOFTMAX, "recompute", "always"),
         (SOME, "copy", "always"),
         (WITH_BLOCKS, "propagate", "always"),
     ],
-    ids=["auto", "softmax-recompute", "rate-copy", "blocks-propagate"],
+    ids=["rate-recompute", "auto", "softmax-recompute", "rate-copy", "blocks-propagate"],
 )
 def test_two_ranks(tiny, tmp_path, exits, policy, compaction):
     """Both ranks take the first one's decisions; what they are is worked out apart."""

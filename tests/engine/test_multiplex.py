@@ -156,7 +156,7 @@ def test_compiled(classifier, tmp_path, family):
         compare(classify(llm, ids), expected(reference(base, 4, (2,)), ids, (2,)))
 
 
-@pytest.mark.parametrize("family", ["Llama", "Bert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_company_it_is_the_stock_classifier(classifier, tmp_path, family):
     """Bit for bit, where nobody may merge."""
     base, ids = classifier(family), prompts()

@@ -46,13 +46,13 @@ def test_segments_compute_what_the_whole_stack_computes(tiny):
     assert_identical(stock, split)
 
 
-def test_exits_that_nobody_takes_are_the_stock_model_compiled(tmp_path):
-    """Without exits: tests/e2e/test_smollm2.py."""
+def test_a_trivial_plan_is_the_stock_model_compiled(tmp_path):
     model = make_checkpoint(tmp_path, num_hidden_layers=6)
     compiled = {"dtype": "bfloat16", "enforce_eager": False}
     stock = isolated(run, model, {"architectures": [architecture("Llama")]}, **compiled)
-    changed = overrides("Llama", {"early_exit": {"exits": [{"depth": 2}, {"depth": 4}]}})
-    assert_identical(stock, isolated(run, model, changed, **compiled))
+    for efficiency in (None, {"early_exit": {"exits": [{"depth": 2}, {"depth": 4}]}}):
+        ours = isolated(run, model, overrides("Llama", efficiency), **compiled)
+        assert_identical(stock, ours)
 
 
 def test_compiled_segments_do_not_share_artifacts(tmp_path):

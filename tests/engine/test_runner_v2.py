@@ -58,7 +58,7 @@ MERGING = [
     ("module", "tests"),
     [
         ("test_early_exit.py", EXITS),
-        ("test_early_exit.py", ["test_two_ranks[softmax-recompute]"]),
+        ("test_early_exit.py", ["test_two_ranks[rate-recompute]"]),
         ("test_joint_exit.py", CLASSIFIERS),
         ("test_multiplex.py", MERGING),
         ("test_off.py", ["test_a_trivial_plan_is_the_stock_model[Llama]"]),

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,16 @@ def publish(path: Path, layout: Layout) -> Counters:
     os.close(handle)
     # A plain view: every access to a `memmap` itself takes a detour through Python.
     return Counters(layout, np.memmap(path, dtype=np.int64, mode="r+").view(np.ndarray))
+
+
+def publish_for(
+    owner: object, vllm_config: VllmConfig, layout: Layout, part: str = "worker"
+) -> Counters:
+    """New totals of a part of an engine, which are gone when their owner is."""
+    replica = vllm_config.parallel_config.data_parallel_index
+    path = counters_path(vllm_config.instance_id, replica, part)
+    weakref.finalize(owner, path.unlink, missing_ok=True)
+    return publish(path, layout)
 
 
 def read(path: Path, layout: Layout) -> Counters:

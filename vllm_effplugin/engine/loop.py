@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
-from vllm_effplugin.engine.counters import Counters, Layout, counters_path, publish
+from vllm_effplugin.engine.counters import Counters, Layout, publish_for
 
 if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
@@ -46,11 +45,7 @@ class TrunkLoop(ABC):
         """Where the rows of a step come from, and the whole model around the trunk."""
         self._source = source
         if get_tp_group().rank_in_group == 0:
-            path = counters_path(
-                self.vllm_config.instance_id, self.vllm_config.parallel_config.data_parallel_index
-            )
-            self.counters = publish(path, self._totals)
-            weakref.finalize(self, path.unlink, missing_ok=True)
+            self.counters = publish_for(self, self.vllm_config, self._totals)
 
     @property
     def attached(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
@@ -15,7 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_effplugin.engine.counters import counters_path, publish
+from vllm_effplugin.engine.counters import publish_for
 from vllm_effplugin.engine.settings import efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
 from vllm_effplugin.techniques.joint_exit import request as exit_request
@@ -89,11 +88,7 @@ class _MergingRequests(_SaltedRequests):
         self._tenants: dict[str, str | None] = {}
         self._passed_over: set[str] = set()
         self._held: dict[str, float] = {}
-        path = counters_path(
-            vllm_config.instance_id, vllm_config.parallel_config.data_parallel_index, "scheduler"
-        )
-        self.counters = publish(path, QUEUE_TOTALS)
-        weakref.finalize(self, path.unlink, missing_ok=True)
+        self.counters = publish_for(self, vllm_config, QUEUE_TOTALS, "scheduler")
         self._last_arrival: float | None = None
         self._gap: float | None = None
         self._layer_token = self._last_output = 0.0
@@ -157,9 +152,8 @@ class _MergingRequests(_SaltedRequests):
             if name not in self._held:
                 self._held[name] = now
                 self.counters.add("passed_over" if starting else "held", 1)
-        for name in starting:
-            since = self._held.pop(name, now)
-            self.counters.add("held_us", round(1e6 * (now - since)))
+        for name in self._held.keys() & starting:
+            self.counters.add("held_us", round(1e6 * (now - self._held.pop(name))))
 
     def _queue(self, requests: Sequence[Request]) -> list[Waiting]:
         now = time.time()
