@@ -1,9 +1,9 @@
-"""The commands `doctor` and `demo-model`, without an engine."""
+"""Help and errors of all commands, and `doctor` and `demo-model`, without an engine."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from vllm_effplugin.cli import demo, doctor
+from vllm_effplugin.cli import demo, doctor, main
 from vllm_effplugin.cli.doctor import Check, Platform
+from vllm_effplugin.cli.main import app
 from vllm_effplugin.engine import compat, contract
 from vllm_effplugin.errors import CheckpointError
 
@@ -70,6 +71,36 @@ def report() -> dict[str, Any]:
 
 def failed(parsed: dict[str, Any]) -> dict[str, str]:
     return {check["name"]: check["detail"] for check in parsed["checks"] if not check["ok"]}
+
+
+def commands(group: Any, *names: str) -> Iterator[tuple[str, ...]]:
+    yield names
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *names, name)
+
+
+@pytest.mark.parametrize("names", commands(typer.main.get_command(app)), ids=" ".join)
+def test_help(names: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*names, "--help"], terminal_width=300)
+    assert result.exit_code == 0, result.exception
+    assert "Usage" in result.stdout
+    if names in (("prepare", "classify"), ("prepare", "multiplex")):
+        assert "OWNER/NAME[/CONFIG]@SPLIT" in result.stdout
+
+
+def test_an_error_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "data[/train].jsonl: install the extra `x[bench]`"
+
+    def fail() -> None:
+        raise CheckpointError(message)
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_changed_vllm_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from vllm_effplugin.cli import demo, doctor, evaluate, prepare
 from vllm_effplugin.errors import EffPluginError
@@ -31,7 +32,8 @@ def main() -> None:
     try:
         app()
     except EffPluginError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {error}")
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/red] {escape(str(error))}")
         sys.exit(2)
 
 

@@ -46,7 +46,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")]
 # Of preparations on labelled texts.
 Train = Annotated[
     str,
-    typer.Option(help="Labelled texts: .jsonl, .csv, or OWNER/NAME[/CONFIG]@SPLIT of the hub."),
+    # A bracket that Rich would take for markup is escaped.
+    typer.Option(help=r"Labelled texts: .jsonl, .csv, or OWNER/NAME\[/CONFIG]@SPLIT of the hub."),
 ]
 Dev = Annotated[str | None, typer.Option(help="Held-out ones, to choose on.")]
 DevShare = Annotated[
