@@ -24,7 +24,7 @@ from tests.engine.test_layer_parallel_logits import (
     prompts,
     step_logits,
 )
-from tests.tiny import VOCAB, counters, engine, overrides
+from tests.tiny import VOCAB, counters, engine, isolated, make_checkpoint, overrides
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.graphs import Tokens
@@ -648,6 +648,40 @@ def test_padded_segments(tiny, policy, monkeypatch):
     assert set(trace.loop.parts) < set(trace.loop.trunk.modules())
     # Each captured size reads the same memory every time: positions, hidden, residual.
     assert len({entry for entry in addresses if entry[0] in captured}) == 3 * len(captured)
+
+
+def speak(checkpoint: Path, *, as_one: bool, **options: Any) -> tuple[Any, Any]:
+    """Results and events of an engine in a process of its own.
+
+    Args:
+        as_one: never run segments.
+    """
+    with exiting(checkpoint, **options) as (llm, trace):
+        if as_one:
+            trace.loop.preference.segments = lambda tokens: False
+        return generate(llm, prompts()), trace.take()
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"gate": "linear", "adapter": "block"}, {"gate": "rate", "adapter": "block"}),
+        ({"gate": "mlp"}, {"gate": "linear", "adapter": "linear"}),
+    ],
+    ids=["blocks", "linear"],
+)
+def test_compiled(tmp_path, first, second, as_one):
+    """One graph with all exits in it, which runs prompts where exits have layers, and segments."""
+    model = make_checkpoint(tmp_path / "model", num_hidden_layers=6)
+    exits = [{"depth": 2, **first, "threshold": 0.5}, {"depth": 4, **second, "threshold": 0.5}]
+    block = {"exits": exits}
+    replay = Replay(model, block)
+    checkpoint = replay.write(model, tmp_path / "exits")
+    results, events = isolated(speak, checkpoint, as_one=as_one, block=block, enforce_eager=False)
+    assert {exit for happened in events for _, _, exit in happened} == {-1, 0, 1}
+    for prompt, (tokens, logits), happened in zip(prompts(), results, events, strict=True):
+        assert replay.difference(prompt, tokens, logits, happened) <= TOLERANCE
 
 
 @pytest.mark.parametrize("policy", POLICIES)

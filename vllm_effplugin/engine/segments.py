@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
@@ -34,6 +35,28 @@ def run_units(
     for unit in units:
         hidden, residual = layers[unit.first](positions, hidden, residual)
     return hidden, residual
+
+
+def _copies(hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.clone(), residual.clone()
+
+
+_LIBRARY = torch.library.Library("effplugin", "FRAGMENT")
+_LIBRARY.define("apart(Tensor hidden, Tensor residual) -> (Tensor, Tensor)")
+_LIBRARY.impl("apart", _copies, "CPU")
+torch.library.register_fake("effplugin::apart", _copies, lib=_LIBRARY)
+
+
+def apart(hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies, `[T, d]` each, for what branches off between two layers of one graph.
+
+    Copies, because vLLM's kernels work in place. On a CPU Inductor must not see through them: it
+    fuses what reads the same tensors, there forgets which custom operation filled a buffer, and
+    then reads buffers before they are filled (`patches/inductor-mutation-renames.diff`).
+    """
+    if hidden.device.type == "cpu":
+        return torch.ops.effplugin.apart(hidden, residual)
+    return hidden.clone(), residual.clone()
 
 
 class _Part(nn.Module):

@@ -22,7 +22,7 @@ from vllm.config import VllmConfig
 from vllm_effplugin.engine.batch import RowSource, Step, current_step
 from vllm_effplugin.engine.graphs import GraphInputs
 from vllm_effplugin.engine.loop import TrunkLoop
-from vllm_effplugin.engine.segments import compiled_part, run_units, to_end, whole_stack
+from vllm_effplugin.engine.segments import apart, compiled_part, run_units, to_end, whole_stack
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
 from vllm_effplugin.techniques.early_exit.cache_fill import PendingFills, open_fill
@@ -57,8 +57,7 @@ def _tail(
     """What is needed of a batch behind an exit, in the order of `take_tail`."""
     tail = [hidden, residual]
     if exit.block is not None:
-        # Clones, because vLLM's kernels add to the residual in place.
-        tail.append(trunk.norm(*exit.block(positions, hidden.clone(), residual.clone()))[0])
+        tail.append(trunk.norm(*exit.block(positions, *apart(hidden, residual)))[0])
     elif exit.finishes_in_graph:
         tail.append(trunk.norm(hidden + residual))
     if exit.gate is not None:
@@ -85,8 +84,7 @@ def _whole(
         hidden, residual = trunk.layers[unit.first](positions, hidden, residual)
         exit = self.exit_behind[0].get(unit.layers[-1])
         if exit is not None:
-            # Clones, because the next layer's norm may work in place.
-            exits += _tail(trunk, exit, positions, hidden.clone(), residual.clone())
+            exits += _tail(trunk, exit, positions, *apart(hidden, residual))
     return trunk.norm(hidden, residual)[0], *exits
 
 
