@@ -79,7 +79,13 @@ def frontier_png(reports: Sequence[PointReport], written: Sequence[str]) -> byte
             axes.errorbar(x, y, spread, fmt="o-", ms=4, label="alone" if size == 1 else f"N={size}")
             for place, height, depth in zip(x, y, depths, strict=True):
                 if size > 1:
-                    axes.annotate(f"l={depth}", (place, height), fontsize=7)
+                    axes.annotate(
+                        f"l={depth}",
+                        (place, height),
+                        xytext=(8, 6),
+                        textcoords="offset points",
+                        fontsize=8,
+                    )
     stars = [r for r in reports if r.name in written and r.ratio is not None]
     if stars:
         axes.plot(
