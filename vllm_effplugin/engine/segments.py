@@ -56,7 +56,7 @@ def apart(hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """
     if hidden.device.type == "cpu":
         return torch.ops.effplugin.apart(hidden, residual)
-    return hidden.clone(), residual.clone()
+    return _copies(hidden, residual)
 
 
 class _Part(nn.Module):
