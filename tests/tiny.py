@@ -48,9 +48,27 @@ BERT: dict[str, Any] = {
 }
 
 
+MAMBA2: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "num_hidden_layers": LAYERS,
+    "expand": 2,
+    "num_heads": 8,
+    "head_dim": 32,
+    "state_size": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 32,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def architecture(family: str) -> str:
     """The family's stock architecture name."""
-    return FAMILIES[family][0]
+    return f"{family}ForCausalLM"
 
 
 def make_classifier(folder: Path, family: str = "Llama", **changes: Any) -> Path:
@@ -62,8 +80,8 @@ def make_classifier(folder: Path, family: str = "Llama", **changes: Any) -> Path
 
 def make_checkpoint(folder: Path, family: str = "Llama", **changes: Any) -> Path:
     """Write a random fp32 checkpoint whose norms, biases and deltas all matter to the logits."""
-    name, special = FAMILIES[family]
-    return _make(folder, family, name, {**_COMMON, **special, **changes})
+    settings = MAMBA2 if family == "Mamba2" else {**_COMMON, **FAMILIES[family][1]}
+    return _make(folder, family, architecture(family), {**settings, **changes})
 
 
 def _make(folder: Path, family: str, name: str, settings: dict[str, Any]) -> Path:
@@ -73,6 +91,10 @@ def _make(folder: Path, family: str, name: str, settings: dict[str, Any]) -> Pat
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name.lower() and parameter_name.endswith("weight"):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif parameter_name.endswith("dt_bias"):
+                parameter.copy_(-2 + 0.5 * torch.randn_like(parameter))  # a state lasts 8 tokens
+            elif parameter_name.endswith("D"):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             elif parameter_name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))

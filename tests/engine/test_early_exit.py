@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ from vllm_effplugin.techniques.early_exit.evaluate import settings as exit_setti
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.forecast import Machine, forecast, measure_machine
 from vllm_effplugin.techniques.early_exit.reference import ReferenceSequence
+from vllm_effplugin.techniques.early_exit.state_space_reference import StateSpaceSequence
 from vllm_effplugin.techniques.early_exit.step import StepRun, pseudo_random
 from vllm_effplugin.techniques.early_exit.training import new_block
 
@@ -60,11 +61,16 @@ class Trace:
     def __post_init__(self) -> None:
         self.loop.on_step = self._observe
 
-    def _observe(self, run: Any) -> None:
+    def names(self) -> list[str]:
+        """Of the step's requests."""
         source = self.loop._source  # of runner V1, or of V2
         batch = source._runner.input_batch if hasattr(source, "_runner") else source.batch
+        return batch.req_ids
+
+    def _observe(self, run: Any) -> None:
+        names = self.names()
         for row in range(len(run.rows.slots)):
-            self.events.setdefault(batch.req_ids[row], []).append(
+            self.events.setdefault(names[row], []).append(
                 (int(run.rows.starts[row]), int(run.rows.lengths[row]), int(run.passage.fired[row]))
             )
 
@@ -111,6 +117,13 @@ class Replay:
             )
             for point in config.exits
         ]
+        self._sequence = (
+            StateSpaceSequence if hasattr(self.model, "backbone") else ReferenceSequence
+        )
+
+    def sequence(self) -> ReferenceSequence:
+        """A new one of the reference."""
+        return self._sequence(self.model, self.config, self.exits)
 
     @torch.no_grad()
     def write(self, base: Path, folder: Path) -> Path:
@@ -129,7 +142,7 @@ class Replay:
 
     def decisions(self, prompt: list[int], tokens: list[int]) -> list[tuple[int, int, int]]:
         """What the gates decide, worked out here: the prompt in one piece, then each token."""
-        sequence = ReferenceSequence(self.model, self.config, self.exits)
+        sequence = self.sequence()
         whole = [*prompt, *tokens]
         sequence.run(prompt, 0)
         events = [(0, len(prompt), -1)]
@@ -152,14 +165,22 @@ class Replay:
         return events
 
     def difference(
-        self, prompt: list[int], tokens: list[int], logits: torch.Tensor, events: Sequence[Any]
+        self,
+        prompt: list[int],
+        tokens: list[int],
+        logits: torch.Tensor,
+        events: Sequence[Any],
+        look: Callable[[ReferenceSequence, int], None] = lambda sequence, last: None,
     ) -> float:
         """Largest |engine logit - reference logit| over a request's generated positions.
+
+        Args:
+            look: called after each event with the last position that ran.
 
         Steps are not traced when nobody in the batch may leave, and prefix-cache hits are not
         computed: what the events leave out is run exactly, and not compared.
         """
-        sequence = ReferenceSequence(self.model, self.config, self.exits)
+        sequence = self.sequence()
         whole = [*prompt, *tokens]
         computed, worst = 0, 0.0
         for start, length, exit in events:
@@ -172,6 +193,7 @@ class Replay:
             else:
                 expected = sequence.run(whole[start : start + length], start)[-1]
             computed = start + length
+            look(sequence, computed - 1)
             if len(prompt) <= computed < len(whole):
                 ours = logits[computed - len(prompt)]
                 worst = max(worst, (expected - ours).abs().max().item())
@@ -181,7 +203,7 @@ class Replay:
         self, prompt: list[int], tokens: list[int], events: Sequence[Any]
     ) -> tuple[int, int]:
         """Tokens that left, and how many of these the full model would have said as well."""
-        sequence = ReferenceSequence(self.model, self.config, self.exits)
+        sequence = self.sequence()
         whole = [*prompt, *tokens]
         fired = agreed = 0
         for start, length, exit in events:
@@ -364,7 +386,7 @@ def test_blocks_that_are_shared_are_whole(tiny, policy):
         shared = int(counters(llm)["vllm:prefix_cache_hits"] - before)
     assert shared >= len(prompt) + 32
     replay = Replay(tiny(), block)
-    sequence = ReferenceSequence(replay.model, replay.config, replay.exits)
+    sequence = replay.sequence()
     for start, length, exit in [(0, len(prompt), -1), *(e for e in happened if e[2] >= 0)]:
         if exit < 0:
             sequence.run(written[start : start + length], start)
@@ -413,7 +435,7 @@ def test_sampling_features_see_the_exits_logits(tiny):
         assert token == int(changed.argmax())
     assert set(biased.outputs[0].token_ids) == {77}
     assert set(few.outputs[0].token_ids) <= set(allowed)
-    expected = ReferenceSequence(replay.model, replay.config, replay.exits).run(prompt, 0)
+    expected = replay.sequence().run(prompt, 0)
     for position, row in enumerate(scored.prompt_logprobs[1:]):
         ours = torch.tensor([row[token].logprob for token in range(VOCAB)])
         assert (ours - expected[position]).abs().max() <= TOLERANCE
@@ -473,7 +495,7 @@ def test_verified_exits_with_blocks(tiny, tmp_path):
     for prompt, one, other in zip(requests, expected, verified, strict=True):
         tokens = list(one.outputs[0].token_ids)
         assert list(other.outputs[0].token_ids) == tokens
-        sequence = ReferenceSequence(replay.model, replay.config, replay.exits)
+        sequence = replay.sequence()
         whole = [*prompt, *tokens]
         sequence.run(prompt, 0)
         position = len(prompt)
@@ -761,13 +783,18 @@ def schedules(draw: st.DrawFn) -> list[tuple[int, int, int, dict[str, Any], int]
     ("policy", "examples"), [("recompute", 300), ("propagate", 100), ("copy", 100)]
 )
 def test_random_schedules(tiny, policy, examples):
+    block = {"exits": SOME, "cache": policy}
+    follow_random_schedules(Replay(tiny(), block), tiny(), "Llama", block, examples)
+
+
+def follow_random_schedules(
+    replay: Replay, checkpoint: Path, family: str, block: dict[str, Any], examples: int
+) -> None:
     """Random arrivals, lengths, wishes and aborts, against the replay."""
     from vllm import SamplingParams
 
-    block = {"exits": SOME, "cache": policy}
-    replay = Replay(tiny(), block)
     options = {"enable_prefix_caching": False, "num_gpu_blocks_override": 7, "max_model_len": 128}
-    with exiting(tiny(), block=block, **options) as (llm, trace):
+    with exiting(checkpoint, family, block=block, **options) as (llm, trace):
         numbers = iter(range(10**9))
 
         @settings(

@@ -63,6 +63,7 @@ def read_efficiency(checkpoint: Path) -> EfficiencyConfig:
     config = read_model_config(checkpoint)
     efficiency = parse_efficiency(config.get("efficiency"))
     efficiency.validate_for(int(config["num_hidden_layers"]))
+    efficiency.check_kind((config.get("architectures") or [""])[0])
     return efficiency
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_effplugin.errors import ConfigError
-from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
+from vllm_effplugin.techniques.early_exit.config import POLICIES, EarlyExitConfig
 from vllm_effplugin.techniques.joint_exit.config import JointExitConfig
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.multiplex.config import MultiplexConfig
@@ -19,6 +19,7 @@ LANGUAGE_MODELS: dict[str, str] = {
     "Qwen2ForCausalLM": "EfficientQwen2ForCausalLM",
     "Qwen3ForCausalLM": "EfficientQwen3ForCausalLM",
 }
+STATE_SPACE_MODELS: dict[str, str] = {"Mamba2ForCausalLM": "EfficientMamba2ForCausalLM"}
 CLASSIFIERS: dict[str, str] = {
     "LlamaForSequenceClassification": "EfficientLlamaForSequenceClassification",
     "MistralForSequenceClassification": "EfficientMistralForSequenceClassification",
@@ -26,7 +27,7 @@ CLASSIFIERS: dict[str, str] = {
     "Qwen3ForSequenceClassification": "EfficientQwen3ForSequenceClassification",
     "BertForSequenceClassification": "EfficientBertForSequenceClassification",
 }
-ARCHITECTURES = LANGUAGE_MODELS | CLASSIFIERS
+ARCHITECTURES = LANGUAGE_MODELS | STATE_SPACE_MODELS | CLASSIFIERS
 """Stock architecture name -> ours, as written to `architectures` in `config.json`."""
 
 
@@ -88,6 +89,36 @@ class EfficiencyConfig(BaseModel):
                         f"efficiency.{section} and efficiency.{other} are not supported together: "
                         "leave one of them out"
                     )
+
+    def check_kind(self, architecture: str) -> None:
+        """Check what depends on the kind of the model's layers.
+
+        Args:
+            architecture: of the model, ours or stock.
+
+        Raises:
+            ConfigError: naming the setting and the way out.
+        """
+        state_space = architecture in (*STATE_SPACE_MODELS, *STATE_SPACE_MODELS.values())
+        kind = "state-space" if state_space else "attention"
+        if state_space and self.layer_parallel is not None:
+            raise ConfigError(
+                f"efficiency.layer_parallel is not supported on {architecture}, whose layers have "
+                "no attention: leave it out"
+            )
+        if self.early_exit is None:
+            return
+        policies = POLICIES[kind]
+        if self.early_exit.cache not in policies:
+            raise ConfigError(
+                f"efficiency.early_exit: cache policy {self.early_exit.cache!r} is not supported "
+                f"on {architecture}, which has {kind} layers: use one of {', '.join(policies)}"
+            )
+        if state_space and self.early_exit.has_blocks:
+            raise ConfigError(
+                "efficiency.early_exit: the adapter `block` is not supported on "
+                f"{architecture}: use `linear` or `none`"
+            )
 
     def _check_composition(self, multiplex: MultiplexConfig) -> None:
         """Sequences that have merged cannot leave one by one."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MambaModelConfig, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from vllm_effplugin.config.checkpoint import check_extra_tensors
@@ -46,6 +46,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
         """
         efficiency = efficiency_of(model_config.hf_config)
         efficiency.validate_for(model_config.hf_config.num_hidden_layers)
+        efficiency.check_kind(model_config.hf_config.architectures[0])
         refusals.on_wrong_model(model_config.hf_config)
         folder = Path(model_config.model)
         if efficiency.has_tensors and folder.is_dir():
@@ -82,6 +83,17 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
                 vllm_config.model_config.io_processor_plugin = IO_PROCESSOR
         if not plan.is_trivial:
             logger.info("%d layers in %d steps: %s", len(plan.unit_of), plan.depth, plan.describe())
+
+
+class StateSpaceAdmission(EfficiencyAdmission, MambaModelConfig):
+    """The same for a model with recurrent states, after what vLLM itself settles for one."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        MambaModelConfig.verify_and_update_config(vllm_config)
+        if plan_for(vllm_config.model_config.hf_config).has_exits:
+            refusals.with_skipped_states(vllm_config)
+        EfficiencyAdmission.verify_and_update_config(vllm_config)
 
 
 def _bring_loop(vllm_config: VllmConfig, reporter: Reporter) -> None:

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionMetadataBuilder,
@@ -62,7 +63,7 @@ class RowSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """What a builder saw: the batch's common metadata, and itself."""
 
@@ -91,12 +92,27 @@ def _remembering(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     return subclass_attention_backend("Remembering", backend, Builder)
 
 
-def remember_batches(attention: nn.Module) -> None:
-    """Make an `Attention` layer's metadata carry its `Step`. Before the runner asks for backends.
+def cached_part(layer: Any) -> Any:
+    """The part of a decoder layer that vLLM keeps a cache for: its attention, or its mixer."""
+    return layer.self_attn.attn if hasattr(layer, "self_attn") else layer.mixer
 
-    All layers of a model need it, so that they stay in one group with one builder.
+
+def cached_name(part: Any) -> str:
+    """What vLLM calls such a part."""
+    return part.prefix if isinstance(part, MambaBase) else part.layer_name
+
+
+def remember_batches(part: Any) -> None:
+    """Make the metadata of a layer's cached part carry its `Step`.
+
+    Before the runner asks for backends. All layers of a model need it, so that they stay in one
+    group with one builder.
     """
-    attention.attn_backend = _remembering(attention.attn_backend)
+    if isinstance(part, MambaBase):
+        backend = _remembering(part.get_attn_backend())
+        part.get_attn_backend = lambda: backend
+    else:
+        part.attn_backend = _remembering(part.attn_backend)
 
 
 def current_step(layer_name: str) -> Step | None:
@@ -198,6 +214,20 @@ def one_token_each(
             changed[name] = value
     later = Step(common.replace(**changed), step.builder)
     return subset(later, rows, np.ones(len(rows), dtype=np.int64), slot_mapping, at)
+
+
+def with_own_blocks(step: Step, blocks: int) -> Any:
+    """The step's metadata, but every row has blocks of its own: those of a dummy run have none.
+
+    Kernels of recurrent states do nothing for a row without one.
+
+    Args:
+        blocks: of the cache, in all.
+    """
+    table = step.common.block_table_tensor
+    own = 1 + torch.arange(table.numel(), device=table.device) % max(1, blocks - 1)
+    common = step.common.replace(block_table_tensor=own.view_as(table).to(table.dtype))
+    return step.builder.build(0, common, fast_build=True)
 
 
 def ranges(lengths: np.ndarray) -> np.ndarray:

@@ -138,7 +138,53 @@ def with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
             "verified early exits (--speculative-config) are supported on CPUs only yet: leave it "
             f"off, or {way_out}"
         )
+    early_exit = efficiency_of(model.hf_config).early_exit
+    assert early_exit is not None
+    if early_exit.has_states:
+        _with_gate_states(vllm_config, way_out)
     _with_a_loop(vllm_config, "early exit", way_out, ["early_exit"])
+
+
+def _with_gate_states(vllm_config: VllmConfig, way_out: str) -> None:
+    """What gates that keep states do not support."""
+    if verifies(vllm_config):
+        raise UnsupportedError(
+            "verified early exits (--speculative-config) are not supported with `mamba` gates, "
+            "whose states cannot take a draft back: use `linear` or `mlp` gates, or leave "
+            "--speculative-config off"
+        )
+    if current_platform.device_type != "cpu":
+        raise UnsupportedError(
+            f"`mamba` gates are not supported on {current_platform.device_type} yet, where a CUDA "
+            f"graph would not see their states' pages: use `linear` or `mlp` gates, or {way_out}"
+        )
+
+
+def with_skipped_states(vllm_config: VllmConfig) -> None:
+    """What exits of a model with recurrent states do not support."""
+    way_out = "remove `early_exit` from the efficiency block"
+    cache = vllm_config.cache_config
+    if cache.enable_prefix_caching:
+        raise UnsupportedError(
+            "--enable-prefix-caching is not supported with exits of a model with recurrent "
+            f"states, which may be shared before skipped layers ran: leave it off, or {way_out}"
+        )
+    if verifies(vllm_config):
+        raise UnsupportedError(
+            "verified early exits (--speculative-config) are not supported on a model with "
+            "recurrent states, which cannot take a draft back: leave --speculative-config off"
+        )
+    if cache.use_replayssm:
+        raise UnsupportedError(
+            "--use-replayssm is not supported with early exit, which skips updates of the states: "
+            f"leave it off, or {way_out}"
+        )
+    if vllm_config.mamba_config.enable_stochastic_rounding:
+        raise UnsupportedError(
+            "stochastic rounding of states (--mamba-config) is not supported with early exit, "
+            f"where skipped layers have to give what they would have given: leave it off, or "
+            f"{way_out}"
+        )
 
 
 def with_sequences(vllm_config: VllmConfig) -> None:

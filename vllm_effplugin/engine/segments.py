@@ -33,7 +33,10 @@ def run_units(
 ) -> Pair:
     """Run units in order."""
     for unit in units:
-        hidden, residual = layers[unit.first](positions, hidden, residual)
+        # By name: layers without attention take positions only so.
+        hidden, residual = layers[unit.first](
+            positions=positions, hidden_states=hidden, residual=residual
+        )
     return hidden, residual
 
 

@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
-from vllm_effplugin.engine.batch import remember_batches
+from vllm_effplugin.engine.batch import cached_part, remember_batches
 from vllm_effplugin.engine.graphs import GraphInputs
 from vllm_effplugin.engine.loop import TrunkLoop
 from vllm_effplugin.engine.segments import (
@@ -30,8 +30,10 @@ from vllm_effplugin.engine.segments import (
 )
 from vllm_effplugin.engine.sequences import Stack, sequence_loop
 from vllm_effplugin.engine.settings import efficiency_of, plan_for
+from vllm_effplugin.engine.state_pages import StatePages
 from vllm_effplugin.plan import Plan, Unit
 from vllm_effplugin.techniques.early_exit.exits import Exit
+from vllm_effplugin.techniques.early_exit.gates import MambaGate
 from vllm_effplugin.techniques.early_exit.loop import ExitLoop
 from vllm_effplugin.techniques.layer_parallel.layer import (
     AttentionFactory,
@@ -108,11 +110,13 @@ class PlannedTrunk(nn.Module):
     norm: nn.Module
     embed_input_ids: Callable[[Tensor], Tensor]
 
-    def arrange(self, vllm_config: VllmConfig, prefix: str, factory: LayerFactory) -> None:
+    def arrange(
+        self, vllm_config: VllmConfig, prefix: str, factory: LayerFactory | None = None
+    ) -> None:
         """Split the built layers into segments. The last step of a family's `__init__`.
 
         Args:
-            factory: that built the layers.
+            factory: that built the layers; None where exits have no layers of their own.
         """
         self.loop: TrunkLoop | None = None
         self.segments = None
@@ -125,18 +129,27 @@ class PlannedTrunk(nn.Module):
         else:
             self.segments = build_segments(self.plan, self, vllm_config, prefix)
 
-    def _arrange_exits(self, vllm_config: VllmConfig, prefix: str, factory: LayerFactory) -> None:
+    def _arrange_exits(
+        self, vllm_config: VllmConfig, prefix: str, factory: LayerFactory | None
+    ) -> None:
         early_exit = efficiency_of(vllm_config.model_config.hf_config).early_exit
         assert early_exit is not None
         hidden_size = vllm_config.model_config.get_hidden_size()
         exits = []
         for index, point in enumerate(early_exit.exits):
-            own = factory.another(f"{prefix}.exits.{index}") if point.adapter == "block" else None
-            exits.append(Exit(point, early_exit, hidden_size, own))
+            name, own = f"{prefix}.exits.{index}", None
+            if point.adapter == "block":
+                assert factory is not None
+                own = factory.another(name)
+            exit = Exit(point, early_exit, hidden_size, own)
+            if isinstance(exit.gate, MambaGate):
+                like = cached_part(self.layers[0])
+                exit.gate.states = StatePages(exit.gate, like, f"{name}.gate", vllm_config)
+            exits.append(exit)
         self.exits = nn.ModuleList(exits)
         blocks = (exit.block for exit in exits)
         for layer in (*self.layers, *(block for block in blocks if block is not None)):
-            remember_batches(layer.self_attn.attn)
+            remember_batches(cached_part(layer))
         self.loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
         self.parts = self.loop.parts
 

@@ -140,7 +140,7 @@ class PendingFills:
 
 
 def open_fill(config: EarlyExitConfig, trunk: Any) -> CacheFill | None:
-    """What the policy asks for; None for `recompute`, which writes nothing approximate.
+    """What the policy asks for; None for those that write no keys and values.
 
     Args:
         trunk: has the layers and the exits, whose blocks are layers too.
@@ -148,7 +148,7 @@ def open_fill(config: EarlyExitConfig, trunk: Any) -> CacheFill | None:
     Raises:
         UnsupportedError: when the attention backend cannot write entries without attention.
     """
-    if config.cache == "recompute":
+    if config.cache not in ("propagate", "copy"):
         return None
     layers: list[Any] = []
     ends: list[int] = []  # layers up to each exit, its own included

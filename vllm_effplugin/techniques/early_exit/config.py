@@ -8,9 +8,18 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.techniques.early_exit.shapes import CONVOLUTION, HEAD_SIZE, gate_shape
 
 NEVER = 1.0
 """The threshold at which no token leaves."""
+
+TRAINED_GATES = ("linear", "mlp", "mamba")
+
+POLICIES: dict[str, tuple[str, ...]] = {
+    "attention": ("recompute", "propagate", "copy"),
+    "state-space": ("recompute", "freeze", "state-only"),
+}
+"""What the skipped layers of a kind may owe the cache."""
 
 
 class ExitPoint(BaseModel):
@@ -19,10 +28,11 @@ class ExitPoint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     depth: int = Field(ge=1, description="Layers that a token has run when it may leave here.")
-    gate: Literal["linear", "mlp", "softmax", "rate"] = Field(
+    gate: Literal["linear", "mlp", "mamba", "softmax", "rate"] = Field(
         "softmax",
         description="What gives the confidence of a token. `linear` and `mlp` are trained on the "
-        "hidden state; `softmax` is the probability of the exit's own token, which costs one "
+        "hidden state, `mamba` on those of the tokens before as well, of which it keeps a state; "
+        "`softmax` is the probability of the exit's own token, which costs one "
         "run of the language model head. `rate` lets a pseudo-random share leave, whatever the "
         "token: for measurements.",
     )
@@ -43,7 +53,7 @@ class ExitPoint(BaseModel):
     @property
     def has_tensors(self) -> bool:
         """Whether anything of the exit is trained."""
-        return self.gate in ("linear", "mlp") or self.adapter != "none"
+        return self.gate in TRAINED_GATES or self.adapter != "none"
 
     def tensors(
         self, hidden_size: int, gate_width: int, layer: Mapping[str, tuple[int, ...]]
@@ -59,6 +69,15 @@ class ExitPoint(BaseModel):
         elif self.gate == "mlp":
             shapes.update(_linear("gate.layers.0", hidden_size, gate_width))
             shapes.update(_linear("gate.layers.2", gate_width, 1))
+        elif self.gate == "mamba":
+            shape = gate_shape(gate_width)
+            shapes.update(_linear("gate.reduce", hidden_size, gate_width))
+            shapes["gate.project.weight"] = (shape.inner + shape.channels + shape.heads, gate_width)
+            shapes["gate.conv_weight"] = (shape.channels, CONVOLUTION)
+            shapes["gate.conv_bias"] = (shape.channels,)
+            shapes.update({f"gate.{name}": (shape.heads,) for name in ("log_a", "D", "dt_bias")})
+            shapes["gate.norm_weight"] = (shape.inner,)
+            shapes.update(_linear("gate.logit", gate_width + shape.inner, 1))
         if self.adapter == "linear":
             shapes["adapter.correction.weight"] = (hidden_size, hidden_size)
         elif self.adapter == "block":
@@ -76,12 +95,13 @@ class EarlyExitConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     exits: tuple[ExitPoint, ...] = Field((), description="The exits.")
-    cache: Literal["recompute", "propagate", "copy"] = Field(
+    cache: Literal["recompute", "propagate", "copy", "freeze", "state-only"] = Field(
         "recompute",
-        description="What the layers that a token skipped owe the KV cache. `recompute`: they "
+        description="What the layers that a token skipped owe the cache. `recompute`: they "
         "run later, together with the request's next token that goes deeper; exact. `propagate`: "
         "their keys and values are taken from the exit's hidden state. `copy`: from the last "
-        "layer that ran.",
+        "layer that ran. Of state-space layers, `freeze`: nothing, their states stay as they "
+        "were; `state-only`: the states take in the exit's hidden state.",
     )
     max_pending: int = Field(
         16,
@@ -103,13 +123,22 @@ class EarlyExitConfig(BaseModel):
         description="Share of the tokens that leave which run all layers nevertheless, to see "
         "whether their exit agrees with the full model. The tokens generated are the same.",
     )
-    gate_width: int = Field(64, ge=1, description="Hidden units of `mlp` gates.")
+    gate_width: int = Field(
+        64,
+        ge=1,
+        description="Hidden units of `mlp` gates; channels of `mamba` gates, a multiple of 16.",
+    )
 
     @model_validator(mode="after")
     def _sorted(self) -> EarlyExitConfig:
         depths = [point.depth for point in self.exits]
         if depths != sorted(set(depths)):
             raise ValueError(f"`exits` must have increasing depths, got {depths}")
+        if self.has_states and self.gate_width % (HEAD_SIZE // 2):
+            raise ValueError(
+                f"`gate_width` of `mamba` gates must be a multiple of {HEAD_SIZE // 2}, got "
+                f"{self.gate_width}"
+            )
         return self
 
     @property
@@ -121,6 +150,21 @@ class EarlyExitConfig(BaseModel):
     def has_blocks(self) -> bool:
         """Whether an exit has a layer of its own."""
         return any(point.adapter == "block" for point in self.exits)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a gate keeps a state."""
+        return any(point.gate == "mamba" for point in self.exits)
+
+    @property
+    def sees_all_tokens(self) -> bool:
+        """Whether something of an exit has to run on every token of requests that may leave."""
+        return self.has_blocks or self.has_states
+
+    @property
+    def written_together(self) -> int:
+        """Tokens of a request whose approximate entries may be written together."""
+        return self.max_pending if self.cache in ("propagate", "copy") else 1
 
     def tensors(
         self, hidden_size: int, layer: Mapping[str, tuple[int, ...]]

@@ -1,7 +1,6 @@
 """The trained parts of an exit: gate and adapter.
 
-Shapes: `T` tokens, `d` hidden size. Hidden states are the residual stream behind a layer; gates
-see them divided by their root mean square, so that one threshold fits tokens of any norm.
+Shapes: `T` tokens, `d` hidden size. Hidden states are the residual stream behind a layer.
 """
 
 from __future__ import annotations
@@ -9,39 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from vllm_effplugin.techniques.early_exit.config import NEVER, EarlyExitConfig, ExitPoint
-
-
-class Gate(nn.Module):
-    """Confidence, as a logit, that a token's prediction would not change any more.
-
-    `linear` is one layer (CALM); `mlp` a feed-forward block (DYNAMAX).
-
-    Args:
-        kind: `linear` or `mlp`.
-        hidden_size: `d`.
-        width: hidden units of `mlp`.
-    """
-
-    def __init__(self, kind: str, hidden_size: int, width: int) -> None:
-        super().__init__()
-        if kind == "linear":
-            self.layers = nn.Sequential(nn.Linear(hidden_size, 1, dtype=torch.float32))
-        else:
-            self.layers = nn.Sequential(
-                nn.Linear(hidden_size, width, dtype=torch.float32),
-                nn.SiLU(),
-                nn.Linear(width, 1, dtype=torch.float32),
-            )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`[T]` logits in fp32 for `[T, d]` hidden states."""
-        hidden = hidden.float()
-        hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
-        return self.layers(hidden).squeeze(-1)
+from vllm_effplugin.techniques.early_exit.gates import new_gate
 
 
 class LinearAdapter(nn.Module):
@@ -75,8 +45,7 @@ class Exit(nn.Module):
     ) -> None:
         super().__init__()
         self.point = point
-        trained = point.gate in ("linear", "mlp")
-        self.gate = Gate(point.gate, hidden_size, config.gate_width) if trained else None
+        self.gate = new_gate(point.gate, hidden_size, config.gate_width)
         self.adapter: nn.Module | None = None
         if point.adapter == "linear":
             self.adapter = LinearAdapter(hidden_size)

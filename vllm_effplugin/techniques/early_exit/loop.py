@@ -18,8 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
-from vllm_effplugin.engine.batch import RowSource, Step, current_step
+from vllm_effplugin.engine.batch import (
+    RowSource,
+    Step,
+    cached_name,
+    cached_part,
+    current_step,
+    running_on,
+    with_own_blocks,
+)
 from vllm_effplugin.engine.graphs import GraphInputs
 from vllm_effplugin.engine.loop import TrunkLoop
 from vllm_effplugin.engine.segments import apart, compiled_part, run_units, to_end, whole_stack
@@ -43,6 +52,7 @@ from vllm_effplugin.techniques.early_exit.request import (
     parse_exit_request,
     thresholds,
 )
+from vllm_effplugin.techniques.early_exit.states import open_states
 from vllm_effplugin.techniques.early_exit.step import StepRun
 from vllm_effplugin.techniques.early_exit.totals import exit_totals
 
@@ -78,10 +88,10 @@ def _whole(
 ) -> tuple[Tensor, ...]:
     trunk = self.owned[0]
     hidden = trunk.embed(input_ids, inputs_embeds)
-    residual = None
+    residual: Tensor | None = None
     exits: list[Tensor] = []
     for unit in self.units:
-        hidden, residual = trunk.layers[unit.first](positions, hidden, residual)
+        hidden, residual = run_units((unit,), trunk.layers, positions, hidden, residual)
         exit = self.exit_behind[0].get(unit.layers[-1])
         if exit is not None:
             exits += _tail(trunk, exit, positions, *apart(hidden, residual))
@@ -132,6 +142,9 @@ class ExitLoop(TrunkLoop):
         )
         self.parts = nn.ModuleList([*parts, self.plain, self.whole])
         self.fill = open_fill(config, trunk)
+        state_space = isinstance(cached_part(trunk.layers[0]), MambaBase)
+        self.skipped = open_states(config, trunk, state_space=state_space)
+        self.has_states = state_space or config.has_states
         self.shadow = config.shadow
         self._head_seconds: list[float] = []
         self._plain_seconds: list[float] = []
@@ -139,7 +152,7 @@ class ExitLoop(TrunkLoop):
         self.on_step: Callable[[StepRun], None] | None = None
         self.compute_logits: Callable[[Tensor], Tensor | None] = lambda hidden: None
         self.trunk = trunk
-        self._layer_name = trunk.layers[0].self_attn.attn.layer_name
+        self._layer_name = cached_name(cached_part(trunk.layers[0]))
         self._last_step: Step | None = None
         self.preference = Preference(None)
         slots = vllm_config.scheduler_config.max_num_seqs
@@ -148,8 +161,8 @@ class ExitLoop(TrunkLoop):
         # Of the batch's requests, while they stay the same.
         self._slots: np.ndarray | None = None
         self._wishes = Wishes(np.zeros((0, len(self.exits))))
-        # Whether the exits' blocks have to see all tokens of these, drafted ones included.
-        self.needs_blocks = False
+        # Whether exits have to see all tokens of these, drafted ones included.
+        self.needs_exits = False
         # Hidden state, residual and cache slot of the tokens that wait, `max_pending` places per
         # request.
         places = slots * config.max_pending if config.cache == "recompute" else 0
@@ -159,6 +172,8 @@ class ExitLoop(TrunkLoop):
     def weights_loaded(self) -> None:
         if self.fill is not None:
             self.fill.prepare()
+        if self.skipped is not None:
+            self.skipped.prepare()
 
     # --- Requests --------------------------------------------------------------------------------
 
@@ -218,7 +233,7 @@ class ExitLoop(TrunkLoop):
         if step is None or self._source is None:
             return self._warm_up(input_ids, positions, inputs_embeds)
         if self.rehearsal is not None:
-            return self.rehearsal(step, input_ids, positions)
+            return self._rehearse(self.rehearsal, step, input_ids, positions)
         slots = self._source.slots()
         if slots is None:
             return self._warm_up(input_ids, positions, inputs_embeds)
@@ -226,10 +241,10 @@ class ExitLoop(TrunkLoop):
         if slots is not self._slots:
             self._slots = slots
             self._wishes = Wishes(self._thresholds[slots])
-            self.needs_blocks = self.config.has_blocks and (
+            self.needs_exits = self.config.sees_all_tokens and (
                 self._wishes.count > 0 or bool(np.any(self._draft_thresholds[slots] < np.inf))
             )
-        if not (self._wishes.count or self.needs_blocks):  # nothing but the stack
+        if not (self._wishes.count or self.needs_exits):  # nothing but the stack
             for name in ("layer_tokens", "full_layer_tokens"):
                 self.counters.add(name, step.common.num_actual_tokens * self.num_layers)
             return self.plain(input_ids, positions, inputs_embeds)
@@ -347,11 +362,27 @@ class ExitLoop(TrunkLoop):
         self._head_seconds, self._plain_seconds, *columns = parts.tolist()
         whole, *segments = (Column(list(found), column) for column in columns)
         fill = None
-        if self.fill is not None:
+        if self.approximates:
             fill = [Column(list(found), column) for column in fills.tolist()]
         self.preference = Preference(
-            Costs(whole, segments, overhead, fill, self.config.max_pending)
+            Costs(whole, segments, overhead, fill, self.config.written_together)
         )
+
+    @property
+    def approximates(self) -> bool:
+        """Whether what tokens skip is not made up for exactly."""
+        return self.config.cache != "recompute"
+
+    def _rehearse(
+        self, rehearsal: Rehearsal, step: Step, input_ids: Tensor | None, positions: Tensor
+    ) -> Tensor:
+        if not self.has_states:
+            return rehearsal(step, input_ids, positions)
+        metadata = with_own_blocks(step, self.vllm_config.cache_config.num_gpu_blocks or 1)
+        with running_on(metadata, step.common.slot_mapping):
+            own = current_step(self._layer_name)
+            assert own is not None
+            return rehearsal(own, input_ids, positions)
 
     def describe_costs(self) -> dict[str, Any]:
         """What was measured, as JSON: a `forecast.Machine` but for its `steps`."""

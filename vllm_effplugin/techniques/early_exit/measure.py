@@ -60,9 +60,9 @@ class Rehearsal:
         loop = self._loop
         output = loop.plain(input_ids, positions, None)
         self.parts = self._part_seconds(input_ids, positions, output)
-        if loop.fill is not None:
+        if loop.approximates:
             self.fills = [
-                self._fill_seconds(exit, output, positions) for exit in range(len(loop.exits))
+                self._fill_seconds(step, exit, output, positions) for exit in range(len(loop.exits))
             ]
         if 1 < step.common.num_reqs == len(positions) <= CUTTING_ROWS:
             self.overhead = self._cutting_seconds(step, input_ids, positions, output)
@@ -86,16 +86,21 @@ class Rehearsal:
         )
         return [head_seconds, stack, whole, *segments]
 
-    def _fill_seconds(self, exit: int, hidden: Tensor, positions: Tensor) -> float:
-        fill = self._loop.fill
-        assert fill is not None
+    def _fill_seconds(self, step: Step, exit: int, hidden: Tensor, positions: Tensor) -> float:
+        fill, skipped = self._loop.fill, self._loop.skipped
         indices = torch.arange(len(positions), device=positions.device)
         # No request runs yet, so that any slot may be written; a block each, as requests have.
         cache = self._loop.vllm_config.cache_config
         slots = indices % (cache.num_gpu_blocks or 1) * cache.block_size
+        # Tokens leave one by one; what more than one of a row costs, others cost as well.
+        rows = np.arange(len(positions)) % step.common.num_reqs
+        ones = np.ones(len(rows), dtype=np.int64)
 
         def run() -> None:
-            fill.write(exit, fill.sources(exit, hidden, indices), positions, slots)
+            if fill is not None:
+                fill.write(exit, fill.sources(exit, hidden, indices), positions, slots)
+            if skipped is not None:
+                skipped.skip(exit, step, rows, ones, hidden)
 
         return self._best_times([[run]], positions.device)[0][0]
 
@@ -152,7 +157,7 @@ class Rehearsal:
 @contextmanager
 def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
     """Everything of a step but its layers: they give `hidden`, as far as there are tokens."""
-    kept = (loop.segments, loop.whole, loop.fills, loop.counters, loop.shadow)
+    kept = (loop.segments, loop.whole, loop.fills, loop.counters, loop.shadow, loop.skipped)
 
     def tail(exit: Exit, count: int) -> tuple[Tensor, ...]:
         states = [hidden[:count]] * (2 + exit.finishes_in_graph)
@@ -166,7 +171,8 @@ def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
     loop.segments = [loop.graph_inputs.placed(part) for part in (*map(to_exit, loop.exits), to_end)]
     loop.whole = lambda *_: (hidden.clone(), *tails)
     loop.fills, loop.counters, loop.shadow = None, Counters(exit_totals(len(loop.exits))), 0.0
+    loop.skipped = None
     try:
         yield
     finally:
-        loop.segments, loop.whole, loop.fills, loop.counters, loop.shadow = kept
+        loop.segments, loop.whole, loop.fills, loop.counters, loop.shadow, loop.skipped = kept

@@ -9,6 +9,7 @@ Shapes: `S` positions, `d` hidden size, `V` vocabulary, `h` KV heads, `s` head s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.exits import Exit
+from vllm_effplugin.techniques.early_exit.gates import MambaGate
+from vllm_effplugin.techniques.early_exit.state_reference import MixerTrace
 
 
 class ReferenceSequence:
@@ -36,6 +39,12 @@ class ReferenceSequence:
         self._config, self._exits = config, exits
         self._depth = len(self._decoder.layers)
         self._cache = DynamicCache()
+        self._gates = {
+            number: MixerTrace(exit.gate)
+            for number, exit in enumerate(exits)
+            if isinstance(exit.gate, MambaGate)
+        }
+        self._scores: dict[int, Tensor] = {}  # of these gates for what ran last, by exit
         # Layers in the order in which they run, and how many have run at each exit.
         self._layers: list[Any] = []
         self._ends: list[int] = []
@@ -70,9 +79,10 @@ class ReferenceSequence:
         if self._config.cache == "recompute":
             self._run(hidden, end, len(self._layers), position)
         else:
-            ran = self._config.exits[exit].depth - 1
-            for layer in self._layers[end:]:
-                self._fill(layer, ran, hidden, position)
+            self._skip(exit, hidden, position)
+            for number, trace in self._gates.items():
+                if number > exit:
+                    trace.skip(position)
         return self._logits(self._adapted(exit, hidden, adapted))[0]
 
     @torch.no_grad()
@@ -82,10 +92,26 @@ class ReferenceSequence:
         hidden, adapted = self._run(self._embed([token]), 0, self._ends[exit], position)
         self._forget(position)
         module = self._exits[exit]
+        if exit in self._scores:
+            return float(self._scores[exit].sigmoid())
         if module.gate is not None:
             return float(module.gate(hidden[0]).sigmoid())
         logits = self._logits(self._adapted(exit, hidden, adapted))
         return float(logits.softmax(-1).max())
+
+    def _skip(self, exit: int, hidden: Tensor, position: int) -> None:
+        """Approximate entries of the layers behind an exit, for one token."""
+        ran = self._config.exits[exit].depth - 1
+        for layer in self._layers[self._ends[exit] :]:
+            self._fill(layer, ran, hidden, position)
+
+    def _pass_gates(self, depth: int, hidden: Tensor, start: int) -> None:
+        """Gates with states that read `[1, S, d]` hidden states behind so many layers take them."""
+        for number, trace in self._gates.items():
+            if self._config.exits[number].depth == depth:
+                gate: Any = self._exits[number].gate
+                gate.states = partial(trace.take, start)
+                self._scores[number] = gate(hidden[0])
 
     def _adapted(self, exit: int, hidden: Tensor, adapted: Tensor) -> Tensor:
         module = self._exits[exit]
@@ -130,6 +156,7 @@ class ReferenceSequence:
             behind = behind + layer.mlp(layer.post_attention_layernorm(behind))
             if layer.self_attn.layer_idx < self._depth:
                 hidden = behind
+                self._pass_gates(layer.self_attn.layer_idx + 1, hidden, start)
         return hidden, behind
 
     def _fill(self, layer: Any, ran: int, hidden: Tensor, position: int) -> None:

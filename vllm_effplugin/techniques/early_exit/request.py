@@ -80,14 +80,14 @@ def _wanted(config: EarlyExitConfig, request: ExitRequest) -> list[float]:
 def cache_policy(config: EarlyExitConfig, extra_args: Mapping[str, Any] | None) -> str | None:
     """What a request's cache entries have to be told from others by; None where by nothing.
 
-    Approximate ones differ by policy and thresholds. Where exits have layers of their own, requests
-    that use none leave those without entries.
+    Approximate ones differ by policy and thresholds. Where exits have layers or states of their
+    own, requests that use none leave those without entries.
     """
     request = parse_exit_request(extra_args)
     leave, draft = thresholds(config, request), draft_thresholds(config, request)
     leaves = any(threshold < NEVER for threshold in leave)
     if leaves and config.cache != "recompute":
         return f"early_exit:{config.cache}:{','.join(map(str, leave))}"
-    if config.has_blocks and (leaves or any(threshold < NEVER for threshold in draft)):
+    if config.sees_all_tokens and (leaves or any(threshold < NEVER for threshold in draft)):
         return "early_exit:blocks"
     return None

@@ -20,6 +20,7 @@ from vllm_effplugin.engine.batch import Rows, Step, ranges, subset
 from vllm_effplugin.engine.graphs import Tokens
 from vllm_effplugin.techniques.early_exit.exits import Tail, take_tail
 from vllm_effplugin.techniques.early_exit.passage import STAYS, Batch, Departure, Passage, Wishes
+from vllm_effplugin.techniques.early_exit.states import KeptStates
 
 if TYPE_CHECKING:
     from vllm_effplugin.techniques.early_exit.loop import ExitLoop
@@ -62,6 +63,10 @@ class StepRun:
         )
         self._scheduled = self.passage.batch
         self._at_the_end: list[Callable[[], None]] = []
+        self._kept: KeptStates | None = None
+        if self._watched is not None and loop.skipped is not None:
+            watched = np.flatnonzero(self._watched)
+            self._kept = loop.skipped.keep(step, watched, self._scheduled.lasts[watched])
         loop.counters.add("decoded", wishes.count)
         loop.counters.add("full_layer_tokens", self.passage.tokens * loop.num_layers)
 
@@ -72,7 +77,7 @@ class StepRun:
         loop = self._loop
         if loop.fills is not None:
             loop.fills.write(self.rows.slots)
-        if not (self.wishes.count or loop.needs_blocks):
+        if not (self.wishes.count or loop.needs_exits):
             loop.counters.add("layer_tokens", self.passage.tokens * loop.num_layers)
             return loop.plain(self._input_ids, self._positions, inputs_embeds)
         loop.counters.add("layer_tokens", self.passage.tokens * loop.layers_to_end)
@@ -163,7 +168,7 @@ class StepRun:
         *,
         runs_on: bool,
     ) -> None:
-        """Owe approximate cache entries for rows whose tokens skip what is behind an exit.
+        """Leave approximate cache entries for rows whose tokens skip what is behind an exit.
 
         Where a row whose gate fired runs on, because leaving would not pay, its entries are exact.
 
@@ -172,27 +177,31 @@ class StepRun:
             runs_on: whether they run all layers nevertheless, to be compared. That writes exact
                 entries, which are overwritten when the step is over.
         """
-        fill, fills = self._loop.fill, self._loop.fills
-        if fill is None or fills is None or not skipping.any():
+        loop = self._loop
+        if not loop.approximates or not skipping.any():
             return
         index = self._on_device(batch.ends[skipping] - 1)
         rows = batch.rows[skipping]
-        add = partial(
-            fills.add,
-            self.rows.slots[rows],
-            exit,
-            fill.sources(exit, tail.at(index), index),
-            self._scheduled.lasts[rows],
-            tokens.slot_mapping[index],
-        )
+        positions, hidden = self._scheduled.lasts[rows], tail.at(index)
+        duties: list[Callable[[], None]] = []
+        if loop.fill is not None and loop.fills is not None:
+            sources = loop.fill.sources(exit, hidden, index)
+            slots, in_cache = self.rows.slots[rows], tokens.slot_mapping[index]
+            duties.append(partial(loop.fills.add, slots, exit, sources, positions, in_cache))
+        if loop.skipped is not None:
+            if runs_on and self._kept is not None:
+                back = partial(loop.skipped.put_back, exit, self._kept, self._step)
+                duties.append(partial(back, rows, positions))
+            duties.append(partial(loop.skipped.skip, exit, self._step, rows, positions, hidden))
         if runs_on:
-            self._at_the_end.append(add)
-        else:
-            add()
+            self._at_the_end += duties
+            return
+        for duty in duties:
+            duty()
 
     def _end_fills(self) -> None:
-        for add in self._at_the_end:
-            add()
+        for duty in self._at_the_end:
+            duty()
         if self._loop.fills is not None:
             self._loop.fills.keep_room(self.rows.slots)
 

@@ -1,0 +1,134 @@
+"""Gates: the confidence, as a logit, that a token's prediction would not change any more.
+
+Shapes: `T` tokens, `B` sequences, `S` positions, `d` hidden size, `w` channels of a gate, `C`
+channels of its convolution, `H` heads of its mixer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vllm_effplugin.preparation.state_space import causal_conv, gated_norm, scan, split_mixed
+from vllm_effplugin.techniques.early_exit.shapes import CONVOLUTION, gate_shape
+
+EPSILON = 1e-6
+STEPS = (1e-3, 1e-1)
+"""Smallest and largest time step of the heads before training, as in Mamba-2."""
+
+
+def new_gate(kind: str, hidden_size: int, width: int) -> Gate | MambaGate | None:
+    """A gate of a kind, untrained; None for kinds that nothing is trained of.
+
+    Args:
+        hidden_size: `d`.
+        width: hidden units of `mlp`, channels of `mamba`.
+    """
+    if kind == "mamba":
+        return MambaGate(hidden_size, width)
+    return Gate(kind, hidden_size, width) if kind in ("linear", "mlp") else None
+
+
+class Gate(nn.Module):
+    """Goes by a token's own hidden state: `linear` is one layer (CALM); `mlp` two (DYNAMAX)."""
+
+    def __init__(self, kind: str, hidden_size: int, width: int) -> None:
+        super().__init__()
+        if kind == "linear":
+            self.layers = nn.Sequential(nn.Linear(hidden_size, 1, dtype=torch.float32))
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(hidden_size, width, dtype=torch.float32),
+                nn.SiLU(),
+                nn.Linear(width, 1, dtype=torch.float32),
+            )
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """Of the logit."""
+        return self.layers[-1].bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[T]` logits in fp32 for `[T, d]` hidden states."""
+        return self.layers(_unit(hidden)).squeeze(-1)
+
+    def of_sequences(self, hidden: Tensor, starts: Tensor | None = None) -> Tensor:
+        """`[B, S]` logits for `[B, S, d]` hidden states."""
+        return self(hidden)
+
+
+class MambaGate(nn.Module):
+    """Goes by the tokens before as well: a Mamba-2 mixer between a linear map down and the logit.
+
+        u = W rms(h) + b,    z, m, dt = P u,    y = mixer(m, dt),    logit = v [u; norm(y silu(z))]
+
+    A mixer's output projection would be followed by `v` and nothing else, so the two are one.
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.shape = shape = gate_shape(width)
+        self._sizes = [shape.inner, shape.channels + shape.heads]
+        wide = {"dtype": torch.float32}
+        self.reduce = nn.Linear(hidden_size, width, **wide)
+        self.project = nn.Linear(width, sum(self._sizes), bias=False, **wide)
+        bound = 1 / math.sqrt(CONVOLUTION)
+        weight = torch.empty(shape.channels, CONVOLUTION, **wide).uniform_(-bound, bound)
+        self.conv_weight = nn.Parameter(weight)
+        self.conv_bias = nn.Parameter(torch.zeros(shape.channels, **wide))
+        low, high = map(math.log, STEPS)
+        dt = torch.linspace(low, high, shape.heads, **wide).exp()
+        self.log_a = nn.Parameter(torch.arange(1, shape.heads + 1, **wide).log())
+        self.D = nn.Parameter(torch.ones(shape.heads, **wide))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives `dt`
+        self.norm_weight = nn.Parameter(torch.ones(shape.inner, **wide))
+        self.logit = nn.Linear(width + shape.inner, 1, **wide)
+        self.states: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """Of the logit."""
+        return self.logit.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[T]` logits in fp32 for `[T, d]` hidden states of a batch.
+
+        `states` has to be set: it advances the states of the batch's requests.
+        """
+        assert self.states is not None
+        reduced, gate, driven = self._driven(hidden)
+        return self._logit(reduced, gate, self.states(driven))
+
+    def of_sequences(self, hidden: Tensor, starts: Tensor | None = None) -> Tensor:
+        """`[B, S]` logits for `[B, S, d]` hidden states of whole sequences.
+
+        Args:
+            starts: `[B, S]`, where a document starts, and with it a state of zeros.
+        """
+        reduced, gate, driven = self._driven(hidden)
+        mixed, dt = driven.split([self.shape.channels, self.shape.heads], -1)
+        mixed = functional.silu(causal_conv(mixed, self.conv_weight, self.conv_bias, starts))
+        x, b, c = split_mixed(self.shape, mixed)
+        dt = functional.softplus(dt + self.dt_bias)
+        y = scan(x, dt, -self.log_a.exp(), b, c, starts) + x * self.D[:, None]
+        return self._logit(reduced, gate, y.flatten(-2))
+
+    def _driven(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`u`, `z`, and what drives the state: `m` and `dt`, `[..., C + H]`."""
+        reduced = self.reduce(_unit(hidden))
+        gate, driven = self.project(reduced).split(self._sizes, -1)
+        return reduced, gate, driven
+
+    def _logit(self, reduced: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        y = gated_norm(y, gate, self.norm_weight, EPSILON)
+        return self.logit(torch.cat([reduced, y], -1)).squeeze(-1)
+
+
+def _unit(hidden: Tensor) -> Tensor:
+    """Hidden states divided by their root mean square: one threshold fits tokens of any norm."""
+    hidden = hidden.float()
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + EPSILON)
