@@ -71,10 +71,10 @@ class EngineSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def efficient(stock: EngineSpec, **sections: Any) -> EngineSpec:
-    """`stock`, a Llama, with sections of an `efficiency` block."""
+def efficient(stock: EngineSpec, family: str = "Llama", **sections: Any) -> EngineSpec:
+    """`stock`, a model of a family, with sections of an `efficiency` block."""
     overrides = {
-        "architectures": ["EfficientLlamaForCausalLM"],
+        "architectures": [f"Efficient{family}ForCausalLM"],
         "efficiency": {"version": 1, **sections},
     }
     return replace(stock, hf_overrides=overrides)

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from tests.engine.test_joint_exit import checkpoint
 from tests.engine.test_multiplex import trained as random_multiplexers
-from tests.tiny import make_classifier, overrides
+from tests.tiny import make_checkpoint, make_classifier, overrides
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import (
     base_tensors,
@@ -21,9 +21,12 @@ from vllm_effplugin.config.checkpoint import (
 from vllm_effplugin.engine.admission import EfficiencyAdmission
 from vllm_effplugin.engine.settings import SCHEDULER, UNTESTED, VERIFY, WORKERS
 from vllm_effplugin.errors import UnsupportedError
+from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
+from vllm_effplugin.techniques.early_exit.exits import Exit
 
 PAIRS = {"layer_parallel": {"groups": [[2, 3], [4, 5]]}}
 EXITS = {"early_exit": {"exits": [{"depth": 4}]}}
+HEADS = {"joint_exit": {"exits": [{"depth": 4}]}}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 IDENTITY = "torch.nn.modules.linear.Identity"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -87,7 +90,68 @@ def test_refused(tiny, efficiency, options, named):
         build(tiny(), efficiency=efficiency, **options)
 
 
-HEADS = {"joint_exit": {"exits": [{"depth": 4}]}}
+GATES = {"exits": [{"depth": 4, "gate": "mamba"}]}
+
+
+@pytest.mark.parametrize(
+    ("family", "efficiency", "options", "named"),
+    [
+        ("Mamba2", PAIRS, {}, "layer_parallel is not supported on EfficientMamba2.*no attention"),
+        ("Mamba2", HEADS, {}, "`joint_exit` is not supported on EfficientMamba2"),
+        (
+            "Mamba2",
+            {"early_exit": {**EXITS["early_exit"], "cache": "propagate"}},
+            {},
+            "'propagate'.*state-space layers: use one of recompute, freeze, state-only",
+        ),
+        (
+            "Llama",
+            {"early_exit": {**EXITS["early_exit"], "cache": "freeze"}},
+            {},
+            "'freeze'.*attention layers: use one of recompute, propagate, copy",
+        ),
+        (
+            "Mamba2",
+            {"early_exit": {"exits": [{"depth": 4, "adapter": "block"}]}},
+            {},
+            "adapter `block`.*use `linear` or `none`",
+        ),
+        ("Mamba2", EXITS, {"enable_prefix_caching": True}, "--enable-prefix-caching"),
+        ("Mamba2", EXITS, {"speculative_config": VERIFY}, "cannot take a draft back"),
+        ("Mamba2", EXITS, {"enable_lora": True}, "(--enable-lora.*early exit|LoRA)"),
+        ("Llama", {"early_exit": GATES}, {}, "tensors.*is missing"),
+        ("Llama", {"early_exit": {**GATES, "gate_width": 24}}, {}, "multiple of 16, got 24"),
+    ],
+)
+def test_refused_with_recurrent_states(tiny, family, efficiency, options, named):
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        build(tiny(family), family, efficiency=efficiency, **options)
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """A Llama with untrained gates that keep states."""
+    folder = tmp_path_factory.mktemp("gated")
+    base = make_checkpoint(folder / "base")
+    config = EarlyExitConfig.model_validate(GATES)
+    exit = Exit(config.exits[0], config, 128)
+    tensors = {f"model.exits.0.{name}": value for name, value in exit.state_dict().items()}
+    efficiency = EfficiencyConfig(early_exit=config)
+    write_checkpoint(base, folder / "gated", efficiency, tensors=tensors, provenance={})
+    return folder / "gated"
+
+
+def test_verified_exits_with_states_are_refused(gated):
+    with pytest.raises(ValueError, match=r"`mamba` gates.*cannot take a draft back"):
+        build(gated, hf_overrides={"vocab_size": 256}, speculative_config=VERIFY)
+
+
+def test_gates_with_states_are_refused_on_gpus(gated, monkeypatch):
+    vllm_config = build(gated, hf_overrides={"vocab_size": 256})
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    monkeypatch.setenv(UNTESTED, "1")
+    with pytest.raises(UnsupportedError, match=r"`mamba` gates.*cuda yet.*`linear`"):
+        EfficiencyAdmission.verify_and_update_config(vllm_config)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ def test_the_gpu_worker_leaves_cuda_alone():
     """vLLM's CPU worker, once imported, replaces CUDA's streams and events in its process."""
     code = (
         "import sys, vllm_effplugin.engine.worker, vllm_effplugin.models.families, "
+        "vllm_effplugin.models.mamba, "
         "vllm_effplugin.models.classifiers, vllm_effplugin.engine.registration as here\n"
         "assert 'vllm.v1.worker.cpu_worker' not in sys.modules"
     )
@@ -54,7 +55,7 @@ def _vllm_imports(file: Path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mamba2"])
 def test_a_trunk_does_to_its_layers_what_ours_does(family):
     """Our trunk replaces the loop over layers; what surrounds it must still be what it was."""
     module = importlib.import_module(f"vllm.model_executor.models.{family}")
@@ -62,9 +63,10 @@ def test_a_trunk_does_to_its_layers_what_ours_does(family):
         family, f"{family.capitalize()}Model"
     )
     source = inspect.getsource(getattr(module, trunk).forward)
+    norm = "norm_f" if family == "mamba2" else "norm"
     for step in (
         "self.embed_input_ids(input_ids)",
         "hidden_states, residual = layer(",
-        "hidden_states, _ = self.norm(hidden_states, residual)",
+        f"hidden_states, _ = self.{norm}(hidden_states, residual)",
     ):
         assert step in source, f"{module.__name__}.{trunk}.forward no longer has `{step}`"

@@ -34,6 +34,15 @@ EXITS = [
     "test_measured_steps_stay_inside_the_model_length",
 ]
 
+STATES = [
+    "test_state_policies[recompute]",
+    "test_state_policies[state-only]",
+    "test_states_are_those_of_a_scan[Llama-exits0-recompute]",
+    "test_states_are_those_of_a_scan[Mamba2-exits4-freeze]",
+    "test_shadow_mode_changes_nothing[Llama-propagate]",
+]
+
+
 CLASSIFIERS = [
     "test_as_in_pytorch[Llama]",
     "test_as_in_pytorch[Bert]",
@@ -59,12 +68,13 @@ MERGING = [
     [
         ("test_early_exit.py", EXITS),
         ("test_early_exit.py", ["test_two_ranks[rate-recompute]"]),
+        ("test_mamba.py", STATES),
         ("test_joint_exit.py", CLASSIFIERS),
         ("test_multiplex.py", MERGING),
         ("test_off.py", ["test_a_trivial_plan_is_the_stock_model[Llama]"]),
         ("test_layer_parallel_logits.py", ["test_one_rank[Llama-bypass1]"]),
     ],
-    ids=["exits", "two-ranks", "classifiers", "merging", "off", "groups"],
+    ids=["exits", "two-ranks", "states", "classifiers", "merging", "off", "groups"],
 )
 def test_on_runner_v2(module: str, tests: list[str]) -> None:
     if importlib.util.find_spec("triton") is None:

@@ -66,7 +66,13 @@ def run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.mark.parametrize(
     ("gate", "adapter"),
-    [("linear", "linear"), ("mlp", "none"), ("softmax", "linear"), ("linear", "block")],
+    [
+        ("linear", "linear"),
+        ("mlp", "none"),
+        ("mamba", "none"),
+        ("softmax", "linear"),
+        ("linear", "block"),
+    ],
 )
 def test_a_checkpoint_with_exits_and_its_figures(
     run: Run, tmp_path: Path, gate: str, adapter: str

@@ -12,7 +12,7 @@ from vllm_effplugin.preparation.decoder import Decoder
 from vllm_effplugin.techniques.early_exit import training
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig, ExitPoint
 from vllm_effplugin.techniques.early_exit.exits import Exit
-from vllm_effplugin.techniques.early_exit.features import capture
+from vllm_effplugin.techniques.early_exit.features import Features, capture
 from vllm_effplugin.techniques.early_exit.training import (
     Trainer,
     TrainSettings,
@@ -108,32 +108,66 @@ def test_distillation_improves_on_the_start(tiny, kind):
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def as_features(hidden: torch.Tensor) -> Features:
+    """Of `[E, M, S, d]` states, each sequence one document."""
+    starts = torch.zeros(hidden.shape[1:3], dtype=torch.bool)
+    starts[:, 0] = True
+    return Features(hidden, hidden[0], starts)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "mamba"])
 def test_gates_learn_which_tokens_agree(tiny, kind):
     """Whether one direction of the hidden state is positive."""
     torch.manual_seed(0)
-    hidden = torch.randn(2, 3000, 128)
-    right = [hidden[0, :, 3] > 0, hidden[1, :, 5] > 0.5]
-    verdicts = [Verdicts(r, r, torch.zeros(3000)) for r in right]
+    features = as_features(torch.randn(2, 60, 50, 128))
+    right = [features.exits[0, ..., 3] > 0, features.exits[1, ..., 5] > 0.5]
+    verdicts = [Verdicts(r.flatten(), r.flatten(), torch.zeros(3000)) for r in right]
     exits = make_exits(kind)
     settings = TrainSettings(gate_epochs=30, gate_rate=1e-2, batch=256)
-    losses = Trainer(load_model(tiny()), settings).fit_gates(exits, hidden, verdicts)
+    losses = Trainer(load_model(tiny()), settings).fit_gates(exits, features, verdicts)
     assert losses[-1] < 0.5 * losses[0]
-    for exit, states, verdict in zip(exits, hidden, verdicts, strict=True):
-        sure = confidence(exit, states, verdict) > 0.5
+    for exit, states, verdict in zip(exits, features.exits, verdicts, strict=True):
+        sure = confidence(exit, states, features.starts, verdict) > 0.5
         assert (sure == verdict.agrees).float().mean() > 0.9
+
+
+def test_a_gate_with_a_state_learns_what_the_token_before_said(tiny):
+    """Which no gate can know that sees one token, and which ends with a document."""
+    torch.manual_seed(0)
+    everything = as_features(torch.randn(2, 120, 50, 128))
+    everything.starts[:, 25] = True
+    before = everything.exits[..., 3].roll(1, 2) > 0
+    before[:, everything.starts] = False
+
+    def part(sequences: slice) -> tuple[Features, list[Verdicts]]:
+        rows = before[:, sequences].flatten(1)
+        return everything[sequences], [Verdicts(r, r, torch.zeros(len(r))) for r in rows]
+
+    (train, verdicts), (fresh, truth) = part(slice(0, 60)), part(slice(60, 120))
+    right = {}
+    for kind in ("mlp", "mamba"):
+        exits = make_exits(kind)
+        settings = TrainSettings(gate_epochs=30, gate_rate=1e-2, batch=256)
+        Trainer(load_model(tiny()), settings).fit_gates(exits, train, verdicts)
+        sure = confidence(exits[0], fresh.exits[0], fresh.starts, truth[0]) > 0.5
+        agrees = (sure == truth[0].agrees).view(60, 50)
+        right[kind] = float(agrees.float().mean()), float(agrees[fresh.starts].float().mean())
+    assert right["mamba"][0] > 0.85
+    assert right["mamba"][1] > 0.85
+    assert right["mlp"][0] < 0.8
 
 
 def test_softmax_gates_are_their_own_confidence():
     verdict = Verdicts(torch.ones(3), torch.ones(3), torch.tensor([0.1, 0.5, 0.9]))
     [exit, _] = make_exits("softmax")
-    assert confidence(exit, torch.zeros(3, 128), verdict).equal(verdict.probability)
+    hidden, starts = torch.zeros(1, 3, 128), torch.ones(1, 3)
+    assert confidence(exit, hidden, starts, verdict).equal(verdict.probability)
 
 
 def test_later_exits_weigh_more(tiny, monkeypatch):
     """The loss is the sum of the exits' losses, weighted 1 : 2."""
     torch.manual_seed(0)
-    hidden = torch.randn(2, 64, 128)
+    features = as_features(torch.randn(2, 4, 16, 128))
     verdicts = [Verdicts(torch.ones(64), torch.rand(64) > 0.3, torch.ones(64)) for _ in range(2)]
     exits = make_exits()
     trainer = Trainer(load_model(tiny()), TrainSettings(gate_epochs=1, batch=64))
@@ -145,5 +179,5 @@ def test_later_exits_weigh_more(tiny, monkeypatch):
         return entropy(*args)
 
     monkeypatch.setattr(training.nn.functional, "binary_cross_entropy_with_logits", recorded)
-    [loss] = trainer.fit_gates(exits, hidden, verdicts)
+    [loss] = trainer.fit_gates(exits, features, verdicts)
     assert loss == pytest.approx(seen[0] / 3 + 2 * seen[1] / 3, rel=1e-5)

@@ -76,6 +76,9 @@ def evaluate(
     batch: Annotated[
         int, typer.Option(help="With exits: requests at a time, for speed.", min=1)
     ] = 8,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="With exits: of what has been said; 1 for none.", min=0.01)
+    ] = 1.0,
     plot: Annotated[
         Path | None, typer.Option(help="With exits: write the frontier to this PNG file.")
     ] = None,
@@ -115,6 +118,7 @@ def evaluate(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             batch=batch,
+            repetition_penalty=repetition_penalty,
         )
         figures = measure_exits(checkpoint, efficiency, text, questions, shape, plot)
         if json_file is not None:

@@ -90,6 +90,12 @@ CONTRACT: tuple[Interface, ...] = (
         "start-up checks",
         ("model_config",),
     ),
+    Interface(
+        f"{_MODELS}.config",
+        "MambaModelConfig.verify_and_update_config",
+        "what vLLM settles for a model with recurrent states",
+        ("vllm_config",),
+    ),
     Interface("vllm.config", "ModelConfig.get_head_size", "the width of grouped attention"),
     Interface(
         f"{_MODELS}.llama",
@@ -178,6 +184,65 @@ CONTRACT: tuple[Interface, ...] = (
             ("mistral", "Mistral"),
             ("qwen2", "Qwen2"),
             ("qwen3", "Qwen3"),
+        )
+    ),
+    Interface(
+        f"{_MODELS}.mamba2",
+        "Mamba2Model.__init__",
+        "Mamba-2's trunk",
+        ("vllm_config", "prefix"),
+    ),
+    Interface(
+        f"{_MODELS}.mamba2",
+        "Mamba2DecoderLayer.forward",
+        "calling a layer with the pair of hidden states and residual",
+        ("hidden_states", "residual", "kwargs"),
+    ),
+    Interface(f"{_MODELS}.mamba2", "Mamba2ForCausalLM.load_weights", "loading", ("weights",)),
+    Interface(
+        f"{_LAYERS}.mamba.mamba_mixer2",
+        "MambaMixer2.conv_ssm_forward",
+        "updating the states of skipped layers",
+        ("projected_states", "output"),
+    ),
+    Interface(f"{_LAYERS}.mamba.abstract", "MambaBase.get_attn_backend", "layers with states"),
+    Interface(f"{_LAYERS}.mamba.abstract", "MambaBase.bind_kv_cache", "states of layers"),
+    *(
+        Interface(
+            f"{_LAYERS}.attention_layer_base",
+            f"AttentionLayerBase.{method}",
+            "states of gates in the cache's pages",
+            names,
+        )
+        for method, names in (
+            ("bind_kv_cache", ("kv_cache",)),
+            ("get_attn_backend", ()),
+            ("get_kv_cache_spec", ("vllm_config",)),
+        )
+    ),
+    *(
+        Interface(module, name, "advancing states of gates", names)
+        for module, name, names in (
+            (
+                f"{_LAYERS}.mamba.ops.cpu.causal_conv1d",
+                "causal_conv1d_fn_cpu",
+                ("x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices"),
+            ),
+            (
+                f"{_LAYERS}.mamba.ops.cpu.causal_conv1d",
+                "causal_conv1d_update_cpu",
+                ("x", "conv_state", "weight", "bias", "activation", "conv_state_indices"),
+            ),
+            (
+                f"{_LAYERS}.mamba.ops.cpu.mamba_ssm",
+                "selective_state_update",
+                ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "state_batch_indices", "out"),
+            ),
+            (
+                "vllm._custom_ops",
+                "mamba_chunk_scan_fwd_cpu",
+                ("out", "final_states", "x", "dt", "A", "B", "C", "D", "z", "cu_seqlens"),
+            ),
         )
     ),
     Interface(f"{_MODELS}.utils", "PPMissingLayer", "the places of grouped layers"),

@@ -23,6 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from vllm._custom_ops import mamba_chunk_scan_fwd_cpu
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -30,10 +32,7 @@ from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import (
     causal_conv1d_fn_cpu,
     causal_conv1d_update_cpu,
 )
-from vllm.model_executor.layers.mamba.ops.cpu.mamba_ssm import (
-    _mamba_chunk_scan_combined_fwd_cpu,
-    selective_state_update,
-)
+from vllm.model_executor.layers.mamba.ops.cpu.mamba_ssm import selective_state_update
 
 from vllm_effplugin.engine.batch import Step, current_step, ranges
 from vllm_effplugin.errors import UnsupportedError
@@ -286,21 +285,12 @@ class StatePages(AttentionLayerBase):
         )
         x, b, c = split_mixed(shape, mixed.T.contiguous())
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._state[wave.pages] = _mamba_chunk_scan_combined_fwd_cpu(
-            x,
-            driven[:, shape.channels :],
-            self._decay,
-            b,
-            c,
-            0,
-            output,
-            D=mixer.D,
-            dt_bias=mixer.dt_bias,
-            initial_states=self._state[wave.pages],
-            cu_seqlens=wave.begins,
-            dt_softplus=True,
-            state_dtype=torch.float32,
+        dt = functional.softplus(driven[:, shape.channels :] + mixer.dt_bias)
+        states = self._state[wave.pages]
+        mamba_chunk_scan_fwd_cpu(
+            output, states, x, dt, self._decay, b, c, mixer.D, None, wave.begins
         )
+        self._state[wave.pages] = states
         return output.flatten(1)
 
 

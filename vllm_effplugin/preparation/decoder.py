@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from vllm_effplugin.preparation import packed
+from vllm_effplugin.preparation.state_space import StateSpaceDecoder
 
 
 class Decoder:
@@ -33,6 +34,11 @@ class Decoder:
         self.model = model
         self.decoder = getattr(model, "model", model)
         self.layers: nn.ModuleList = self.decoder.layers
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm."""
+        return self.decoder.norm
 
     def embed(
         self, input_ids: Tensor, starts: Tensor | None = None
@@ -101,6 +107,11 @@ class Decoder:
     def mlp_delta(self, index: int, u: Tensor) -> Tensor:
         """`M_j(u) = MLP_j(Norm2_j(u))`, shape of `u`."""
         return _mlp(self.layers[index], u)
+
+
+def take_apart(model: Any) -> Decoder | StateSpaceDecoder:
+    """A causal language model of either kind, by its layers."""
+    return StateSpaceDecoder(model) if hasattr(model, "backbone") else Decoder(model)
 
 
 def run_layer(layer: Any, hidden: Tensor, context: dict[str, Any]) -> Tensor:

@@ -28,6 +28,7 @@ class GateKind(StrEnum):
 
     linear = "linear"
     mlp = "mlp"
+    mamba = "mamba"
     softmax = "softmax"
 
 
@@ -40,11 +41,13 @@ class AdapterKind(StrEnum):
 
 
 class CachePolicy(StrEnum):
-    """What skipped layers owe the KV cache."""
+    """What skipped layers owe the cache."""
 
     recompute = "recompute"
     propagate = "propagate"
     copy = "copy"
+    freeze = "freeze"
+    state_only = "state-only"
 
 
 class Backbone(StrEnum):
@@ -63,15 +66,25 @@ def early_exit(
         typer.Option(help='Layers before each exit: "14,20,24"; three in the later half without.'),
     ] = None,
     gate: Annotated[
-        GateKind, typer.Option(help="`softmax` needs no training and costs a run of the head.")
+        GateKind,
+        typer.Option(
+            help="`mamba` goes by the tokens before as well; `softmax` needs no training and costs "
+            "a run of the head."
+        ),
     ] = GateKind.linear,
-    gate_width: Annotated[int, typer.Option(help="Hidden units of `mlp` gates.", min=1)] = 64,
+    gate_width: Annotated[
+        int, typer.Option(help="Hidden units of `mlp` gates, channels of `mamba` gates.", min=1)
+    ] = 64,
     adapter: Annotated[
         AdapterKind,
         typer.Option(help="Makes up for the layers not run: a matrix, or one more layer."),
     ] = AdapterKind.linear,
     cache: Annotated[
-        CachePolicy, typer.Option(help="`recompute` is exact; the others are approximate.")
+        CachePolicy,
+        typer.Option(
+            help="`recompute` is exact; the others are approximate: `propagate` and `copy` for "
+            "attention, `freeze` and `state-only` for state-space models."
+        ),
     ] = CachePolicy.recompute,
     max_pending: Annotated[
         int, typer.Option(help="Most tokens of a request that may wait (`recompute`).", min=1)
@@ -112,6 +125,9 @@ def early_exit(
         int, typer.Option(help="Tokens on which the promise is tested.", min=1)
     ] = 32768,
     sequence_length: SequenceLength = 256,
+    keep_exits: Annotated[
+        bool, typer.Option("--keep-exits", help="Write all exits, even where none pays.")
+    ] = False,
     precision: WorkingPrecision = Precision.auto,
     seed: Seed = 0,
     work_dir: WorkDir = None,
@@ -165,6 +181,7 @@ def early_exit(
                 "text_tokens": text_tokens,
                 "held_out_tokens": held_out_tokens,
                 "sequence_length": sequence_length,
+                "keep_exits": keep_exits,
                 "seed": seed,
             }
         )

@@ -47,6 +47,7 @@ class Shape(BaseModel):
         prompt_tokens: of a prompt that is taken from a text.
         new_tokens: that continue each prompt.
         batch: requests at a time.
+        repetition_penalty: of what has been said, 1 for none.
     """
 
     thresholds: list[float]
@@ -54,6 +55,7 @@ class Shape(BaseModel):
     prompt_tokens: int
     new_tokens: int
     batch: int
+    repetition_penalty: float = 1.0
 
 
 class Measured(BaseModel):
@@ -127,6 +129,7 @@ def measure_settings(
     asked: Sequence[dict[str, Any]],
     max_tokens: int,
     batch: int,
+    repetition_penalty: float = 1.0,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """`Measured` as JSON for each `Setting`; runs in the engine's process.
@@ -154,6 +157,7 @@ def measure_settings(
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,
+            repetition_penalty=repetition_penalty,
             extra_args=setting.extra_args,
         )
         outputs = llm.generate(inputs, sampling, use_tqdm=False)
@@ -263,7 +267,8 @@ def measure_exits(
         inputs = [window[: shape.prompt_tokens] for window in chosen]
     else:
         inputs = [tokenizer(question.prompt)["input_ids"] for question in asked]
-    arguments = (inputs, [item.model_dump() for item in swept], shape.new_tokens, shape.batch)
+    asked_for = [item.model_dump() for item in swept]
+    arguments = (inputs, asked_for, shape.new_tokens, shape.batch, shape.repetition_penalty)
     rows = [
         Measured.model_validate(row)
         for row in run_with_engine(measure_settings, str(checkpoint), *arguments)
@@ -283,6 +288,7 @@ def measure_exits(
         "prompts": len(inputs),
         "new_tokens": shape.new_tokens,
         "batch": shape.batch,
+        "repetition_penalty": shape.repetition_penalty,
         "settings": [
             {**row.model_dump(exclude={"outputs"}), "accuracy": score}
             for row, score in zip(rows, scores, strict=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vllm_effplugin.preparation.decoder import Decoder
+from vllm_effplugin.preparation.decoder import take_apart
 from vllm_effplugin.preparation.precision import Precision, autocast
 
 
@@ -55,7 +55,7 @@ def capture(
         depths: layers before each exit.
         batch: sequences at a time.
     """
-    decoder = Decoder(model)
+    decoder = take_apart(model)
     size = (*tokens.shape, int(model.config.hidden_size))
     exits = torch.empty(len(depths), *size, dtype=torch.bfloat16)
     final = torch.empty(size, dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from torch import Tensor
 
-from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.config import STATE_SPACE_MODELS, EfficiencyConfig
 from vllm_effplugin.config.checkpoint import (
     PROVENANCE,
     read_model_config,
@@ -63,6 +63,7 @@ from vllm_effplugin.techniques.early_exit.thresholds import (
     PRICES,
     Promise,
     Sample,
+    auroc,
     certify,
 )
 from vllm_effplugin.techniques.early_exit.thresholds import (
@@ -103,10 +104,10 @@ class PrepareRequest(BaseModel):
     exits: tuple[Positive, ...] | None = Field(
         None, description="Depths; three over the later half of the layers by default."
     )
-    gate: Literal["linear", "mlp", "softmax"] = "linear"
+    gate: Literal["linear", "mlp", "mamba", "softmax"] = "linear"
     gate_width: int = Field(64, ge=1)
     adapter: Literal["none", "linear", "block"] = "linear"
-    cache: Literal["recompute", "propagate", "copy"] = "recompute"
+    cache: Literal["recompute", "propagate", "copy", "freeze", "state-only"] = "recompute"
     max_pending: int = Field(16, ge=1)
     min_agreement: float = Field(0.95, gt=0, lt=1)
     confidence: float = Field(0.95, gt=0.5, lt=1)
@@ -117,6 +118,7 @@ class PrepareRequest(BaseModel):
     text_tokens: int = Field(65536, ge=1, description="Most tokens to train and choose on.")
     held_out_tokens: int = Field(32768, ge=1, description="Tokens to test the promise on.")
     sequence_length: int = Field(256, ge=2)
+    keep_exits: bool = Field(False, description="Write them even where no gain is expected.")
     seed: int = 0
 
     def text_shape(self) -> TextShape:
@@ -185,9 +187,9 @@ def prepare(
     require_output(out, overwrite=overwrite)
     num_layers = check_base(model, request.sequence_length)
     model_config = read_model_config(model)
-    _check_servable(model, model_config)
     dtype = stored_dtype(model_config)
     depths = _depths(request, num_layers)
+    _check_servable(model, model_config, request, depths)
     out = out.absolute()
     work = WorkDirectory(
         work_dir or out.with_name(f".{out.name}.work"),
@@ -214,7 +216,9 @@ def prepare(
         work.save_result("machine", machine)
 
     savings = [1 - depth / num_layers for depth in depths]
-    chosen = _choose(choosing, savings, machine, depths, request)
+    chosen = list(range(len(depths)))
+    if not request.keep_exits:
+        chosen = _choose(choosing, savings, machine, depths, request)
     path = PricePath(choosing.only(chosen), [savings[i] for i in chosen])
     promise = certify(path, held_out.only(chosen), request.min_agreement, request.confidence)
     config, forecasts = _decide(promise, chosen, held_out, machine, depths, request)
@@ -251,6 +255,7 @@ def prepare(
             "arguments": {"model": str(model), **request.model_dump(mode="json")},
             "seed": request.seed,
             "exits": [report.model_dump() for report in reports],
+            "auroc": [round(value, 4) for value in auroc(held_out)],
             "promise": None if promise is None else vars(promise),
             "forecasts": [item.model_dump() for item in forecasts],
             "frontier": [item.model_dump() for item in frontier],
@@ -266,8 +271,17 @@ def prepare(
     return Outcome(config, promise, forecasts)
 
 
-def _check_servable(model: Path, config: Mapping[str, Any]) -> None:
+def _check_servable(
+    model: Path, config: Mapping[str, Any], request: PrepareRequest, depths: Sequence[int]
+) -> None:
     """Refuse now what the engine would refuse after the training."""
+    architecture = str(config["architectures"][0])
+    block = request.config(depths, [NEVER] * len(depths))
+    EfficiencyConfig(early_exit=block).check_kind(architecture)
+    if request.tune is not None and architecture in STATE_SPACE_MODELS:
+        raise UnsupportedError(
+            f"--tune-backbone is not supported on {architecture} yet: leave it at `none`"
+        )
     if len(set(config.get("layer_types") or ())) > 1:
         raise UnsupportedError(
             f"{model} mixes kinds of attention layers, which early exit does not support"
@@ -392,9 +406,7 @@ def _train(
             if exit.adapter is not None:
                 losses[f"adapter {depths[index]}"] = _thinned(curve)
                 exit.adapter.to(dtype).float()  # judged as it will be stored
-        losses["gates"] = _thinned(
-            trainer.fit_gates(exits, train.exits.flatten(1, 2), trainer.verdicts(exits, train))
-        )
+        losses["gates"] = _thinned(trainer.fit_gates(exits, train, trainer.verdicts(exits, train)))
         judged = {}
         for name, features in (("choosing", choose), ("held_out", held)):
             for key, value in _judge(trainer, exits, features).items():
@@ -423,8 +435,8 @@ def _judge(trainer: Trainer, exits: Sequence[Exit], features: Features) -> dict[
     shape = features.exits.shape[:-1]
     verdicts = trainer.verdicts(exits, features)
     scores = [
-        confidence(exit, states, verdict)
-        for exit, states, verdict in zip(exits, features.exits.flatten(1, 2), verdicts, strict=True)
+        confidence(exit, states, features.starts, verdict)
+        for exit, states, verdict in zip(exits, features.exits, verdicts, strict=True)
     ]
     agrees = torch.stack([verdict.agrees for verdict in verdicts])
     return {"confidence": torch.stack(scores).view(shape), "agrees": agrees.view(shape)}
@@ -493,12 +505,15 @@ def _decide(
 ) -> tuple[EarlyExitConfig, list[Forecast]]:
     """What to write, and the forecasts for the thresholds promised."""
     none = request.config((), ())
-    if promise is None:
+    if promise is None and not request.keep_exits:
         return none, []
+    if promise is None:
+        # Nobody leaves unless a request says at which confidence.
+        return request.config([depths[i] for i in chosen], [NEVER] * len(chosen)), []
     config = request.config([depths[i] for i in chosen], promise.thresholds)
     fires = held_out.only(chosen).fires(promise.thresholds)
     forecasts = [forecast(machine, config, chosen, fires, batch) for batch in request.batches]
-    if max(item.speed for item in forecasts) < WORTH_IT:
+    if max(item.speed for item in forecasts) < WORTH_IT and not request.keep_exits:
         return none, forecasts
     return config, forecasts
 

@@ -68,6 +68,20 @@ class Sample:
         return wrong
 
 
+def auroc(sample: Sample) -> list[float]:
+    """For each exit, how often a right token has a higher confidence than a wrong one.
+
+    0.5 is chance, 1 a gate that knows; NaN where all tokens are right, or none.
+    """
+    found = []
+    for confidence, agrees in zip(sample.confidence, sample.agrees, strict=True):
+        right, ranks = agrees.ravel(), stats.rankdata(confidence.ravel())
+        count, others = int(right.sum()), int((~right).sum())
+        above = float(ranks[right].sum()) - count * (count + 1) / 2
+        found.append(above / (count * others) if count and others else float("nan"))
+    return found
+
+
 def disagreement_bound(wrong: np.ndarray, confidence: float) -> float:
     """Upper confidence bound of the share of wrong tokens, from `[M, S]` sequences.
 

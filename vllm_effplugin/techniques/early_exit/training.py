@@ -19,12 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vllm_effplugin.preparation.decoder import Decoder, run_layer
+from vllm_effplugin.preparation.decoder import run_layer, take_apart
 from vllm_effplugin.preparation.head import HeadDivergence
 from vllm_effplugin.preparation.precision import Precision, autocast
 from vllm_effplugin.preparation.trainer import cosine_decay
 from vllm_effplugin.techniques.early_exit.exits import Exit, LinearAdapter
 from vllm_effplugin.techniques.early_exit.features import Features
+from vllm_effplugin.techniques.early_exit.gates import MambaGate
 
 RIDGE = 1e-3
 """Relative to the mean of the Gram matrix's diagonal."""
@@ -72,8 +73,8 @@ class Trainer:
     """
 
     def __init__(self, model: Any, settings: TrainSettings) -> None:
-        self._decoder = Decoder(model)
-        self._norm = model.model.norm
+        self._decoder = take_apart(model)
+        self._norm = self._decoder.norm
         self._head: Tensor = model.lm_head.weight
         self._settings = settings
         self._device = self._head.device
@@ -187,13 +188,13 @@ class Trainer:
     # --- Gates -----------------------------------------------------------------------------------
 
     def fit_gates(
-        self, exits: Sequence[Exit], hidden: Tensor, verdicts: Sequence[Verdicts]
+        self, exits: Sequence[Exit], features: Features, verdicts: Sequence[Verdicts]
     ) -> list[float]:
         """Train all gates together; the loss of exit `i` weighs `i + 1`.
 
         Args:
             exits: those without a trained gate are left out; changed in place.
-            hidden: `[E, N, d]` states at the exits.
+            features: their states at the exits.
             verdicts: of each exit on the same tokens.
 
         Returns:
@@ -206,27 +207,31 @@ class Trainer:
             assert exit.gate is not None
             exit.gate.to(self._device)
             share = verdicts[i].target.float().mean().clamp(1e-3, 1 - 1e-3)
-            last = exit.gate.layers[-1]
             with torch.no_grad():  # start from the share of tokens that might leave
-                last.bias.fill_(float(torch.logit(share)))
+                exit.gate.bias.fill_(float(torch.logit(share)))
         parameters = [p for _, exit in trained for p in exit.gate.parameters()]  # type: ignore[union-attr]
         weights = torch.tensor([i + 1.0 for i, _ in trained])
         weights /= weights.sum()
+        # Batches are drawn from tokens, or from sequences where a gate goes by the tokens before.
+        whole = any(isinstance(exit.gate, MambaGate) for _, exit in trained)
+        size = features.final.shape[1] if whole else 1
+        hidden = features.exits.unflatten(2, (-1, size)).flatten(1, 2)  # [E, N / size, size, d]
+        starts = features.starts.view(-1, size)
 
         def loss(rows: Tensor) -> Tensor:
             total = torch.zeros((), device=self._device)
             for (i, exit), weight in zip(trained, weights.tolist(), strict=True):
                 assert exit.gate is not None
-                logits = exit.gate(hidden[i][rows].to(self._device))
-                target = verdicts[i].target[rows].to(self._device).float()
+                logits = exit.gate.of_sequences(hidden[i][rows].to(self._device), starts[rows])
+                target = verdicts[i].target.view(-1, size)[rows].to(self._device).float()
                 total += weight * nn.functional.binary_cross_entropy_with_logits(logits, target)
             return total
 
         settings = self._settings
         optimizer = torch.optim.AdamW(parameters, lr=settings.gate_rate, weight_decay=1e-2)
         count = hidden.shape[1]
-        steps = settings.gate_epochs * max(1, count // settings.batch)
-        batch = min(settings.batch, count)
+        batch = min(max(1, settings.batch // size), count)
+        steps = settings.gate_epochs * (count // batch)
         losses = self._descend(optimizer, loss, count, batch, steps, "gates")
         per_epoch = max(1, len(losses) // settings.gate_epochs)
         return [
@@ -277,12 +282,22 @@ def new_block(model: Any) -> nn.Module:
 
 
 @torch.inference_mode()
-def confidence(exit: Exit, hidden: Tensor, verdict: Verdicts) -> Tensor:
-    """`[N]`: what an exit's gate says, in the unit of its threshold, a share of 1."""
+def confidence(exit: Exit, hidden: Tensor, starts: Tensor, verdict: Verdicts) -> Tensor:
+    """`[N]`: what an exit's gate says, in the unit of its threshold, a share of 1.
+
+    Args:
+        hidden: `[M, S, d]` states at the exit.
+        starts: `[M, S]`, where a document starts.
+    """
     if exit.gate is None:
         return verdict.probability
-    parts = [exit.gate(part.to(exit.gate.layers[0].weight.device)) for part in hidden.split(8192)]
-    return torch.cat(parts).sigmoid().cpu()
+    device = exit.gate.bias.device
+    sequences = max(1, 8192 // hidden.shape[1])
+    parts = [
+        exit.gate.of_sequences(part.to(device), begins)
+        for part, begins in zip(hidden.split(sequences), starts.split(sequences), strict=True)
+    ]
+    return torch.cat(parts).sigmoid().flatten().cpu()
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import (
     base_tensors,
+    read_model_config,
     replaced_tensor_names,
     require_output,
     write_checkpoint,
@@ -121,6 +122,8 @@ def prepare(
     console = console or Console()
     require_output(out, overwrite=overwrite)
     num_layers = check_base(model, request.sequence_length)
+    block = EfficiencyConfig(layer_parallel=LayerParallelConfig(groups=()))
+    block.check_kind(read_model_config(model)["architectures"][0])
     efficiency = _explicit_groups(request, num_layers)
     out = out.absolute()
     work = WorkDirectory(
