@@ -229,13 +229,13 @@ CONTRACT: tuple[Interface, ...] = (
                 ("x", "weight", "bias", "conv_states", "query_start_loc", "cache_indices"),
             ),
             (
-                f"{_LAYERS}.mamba.ops.cpu.causal_conv1d",
-                "causal_conv1d_update_cpu",
+                "vllm._custom_ops",
+                "causal_conv1d_update_cpu_vec",
                 ("x", "conv_state", "weight", "bias", "activation", "conv_state_indices"),
             ),
             (
-                f"{_LAYERS}.mamba.ops.cpu.mamba_ssm",
-                "selective_state_update",
+                "vllm._custom_ops",
+                "selective_state_update_cpu",
                 ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "state_batch_indices", "out"),
             ),
             (

@@ -45,9 +45,13 @@ def _copies(hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _LIBRARY = torch.library.Library("effplugin", "FRAGMENT")
-_LIBRARY.define("apart(Tensor hidden, Tensor residual) -> (Tensor, Tensor)")
-_LIBRARY.impl("apart", _copies, "CPU")
-torch.library.register_fake("effplugin::apart", _copies, lib=_LIBRARY)
+for _name, _results, _function in (
+    ("apart", "(Tensor, Tensor)", _copies),
+    ("joined", "Tensor", torch.add),
+):
+    _LIBRARY.define(f"{_name}(Tensor hidden, Tensor residual) -> {_results}")
+    _LIBRARY.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"effplugin::{_name}", _function, lib=_LIBRARY)
 
 
 def apart(hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +64,13 @@ def apart(hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     if hidden.device.type == "cpu":
         return torch.ops.effplugin.apart(hidden, residual)
     return _copies(hidden, residual)
+
+
+def joined(hidden: Tensor, residual: Tensor) -> Tensor:
+    """Their sum, `[T, d]`, for what branches off and needs no more; apart for the same reason."""
+    if hidden.device.type == "cpu":
+        return torch.ops.effplugin.joined(hidden, residual)
+    return hidden + residual
 
 
 class _Part(nn.Module):

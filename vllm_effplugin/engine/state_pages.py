@@ -16,28 +16,30 @@ looks at, `H` heads of `P` channels, `N` coordinates of the state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from vllm._custom_ops import mamba_chunk_scan_fwd_cpu
+from vllm._custom_ops import (
+    causal_conv1d_update_cpu_vec,
+    mamba_chunk_scan_fwd_cpu,
+    selective_state_update_cpu,
+)
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import (
-    causal_conv1d_fn_cpu,
-    causal_conv1d_update_cpu,
-)
-from vllm.model_executor.layers.mamba.ops.cpu.mamba_ssm import selective_state_update
+from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import causal_conv1d_fn_cpu
 
 from vllm_effplugin.engine.batch import Step, current_step, ranges
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.preparation.mixer_shape import MixerShape
 from vllm_effplugin.preparation.state_space import split_mixed
+
+NO_PAGE = 0
+"""vLLM's null block: kernels leave out rows whose page it is."""
 
 
 class Mixer(Protocol):
@@ -51,8 +53,7 @@ class Mixer(Protocol):
     dt_bias: Any
 
 
-@dataclass(frozen=True)
-class Wave:
+class Wave(NamedTuple):
     """Tokens that take states on within one block each, at most one row's worth of a block.
 
     Attributes:
@@ -65,25 +66,30 @@ class Wave:
 
     tokens: Tensor | None
     pages: Tensor
-    begins: Tensor | None
-    fresh: Tensor | None
-    sources: Tensor | None
-    targets: Tensor | None
+    begins: Tensor | None = None
+    fresh: Tensor | None = None
+    sources: Tensor | None = None
+    targets: Tensor | None = None
 
 
 @lru_cache(maxsize=1)
 def waves(step: Step) -> Sequence[Wave]:
     """How the tokens of a batch take states on. All gates of a part of the stack share it."""
     common, size = step.common, step.builder.kv_cache_spec.block_size
-    offsets = common.query_start_loc_cpu.numpy()
-    lengths = np.diff(offsets)
     upper = common.seq_lens_cpu_upper_bound
     assert upper is not None  # vLLM's own state-space layers need it as well
-    ends = upper.numpy()[: len(lengths)]
-    firsts = ends - lengths
+    ends = upper.numpy()[: common.num_reqs]
     table = common.block_table_tensor.numpy()
     if common.max_query_len == 1:
-        return (_wave(table, np.arange(len(ends)), firsts, size, None, None),)
+        starts = ends - 1
+        blocks, within = np.divmod(starts, size)
+        rows = np.arange(len(ends))
+        if within.all():  # decoding, for the most part
+            return (Wave(None, torch.from_numpy(table[rows, blocks])),)
+        return (_wave(table, rows, starts, size, None, None),)
+    offsets = common.query_start_loc_cpu.numpy()
+    lengths = np.diff(offsets)
+    firsts = ends - lengths
     found = []
     first_blocks = firsts // size
     count = (ends - 1) // size - first_blocks + 1
@@ -127,14 +133,8 @@ def _wave(
     if lengths is not None:
         begins = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         torch.cumsum(torch.from_numpy(lengths), 0, out=begins[1:])
-    return Wave(
-        None if tokens is None else torch.from_numpy(tokens),
-        torch.from_numpy(pages),
-        begins,
-        fresh,
-        sources,
-        targets,
-    )
+    places = None if tokens is None else torch.from_numpy(tokens)
+    return Wave(places, torch.from_numpy(pages), begins, fresh, sources, targets)
 
 
 def pages_at(step: Step, rows: np.ndarray, positions: np.ndarray) -> Tensor:
@@ -210,9 +210,9 @@ class StatePages(AttentionLayerBase):
     def advance(self, driven: Tensor) -> Tensor:
         """The same, outside any graph."""
         step = current_step(self.layer_name)
-        output = driven.new_zeros(len(driven), self._mixer.shape.inner)
         if step is None:
-            return output
+            return driven.new_zeros(len(driven), self._mixer.shape.inner)
+        output = None
         for wave in waves(step):
             if wave.fresh is not None:
                 self.pages.index_fill_(0, wave.fresh, 0.0)
@@ -222,7 +222,10 @@ class StatePages(AttentionLayerBase):
             said = self._take_one(part, wave) if wave.begins is None else self._take(part, wave)
             if wave.tokens is None:
                 return said
+            if output is None:
+                output = driven.new_zeros(len(driven), self._mixer.shape.inner)
             output.index_copy_(0, wave.tokens, said)
+        assert output is not None  # a batch has rows
         return output
 
     @cached_property
@@ -241,34 +244,44 @@ class StatePages(AttentionLayerBase):
         )
 
     def _take_one(self, driven: Tensor, wave: Wave) -> Tensor:
-        """One token of each row."""
+        """One token of each row. Runs for every decoded token: as few calls as can be."""
         mixer, shape = self._mixer, self._mixer.shape
-        mixed = causal_conv1d_update_cpu(
-            driven[:, : shape.channels],
+        inner, channels = shape.inner, shape.channels
+        mixed = causal_conv1d_update_cpu_vec(
+            driven[:, :channels],
             self._conv,
             mixer.conv_weight,
             mixer.conv_bias,
             "silu",
-            conv_state_indices=wave.pages,
+            wave.pages,
+            None,
+            NO_PAGE,
         )
-        x, b, c = split_mixed(shape, mixed)
+        rows, stride = len(mixed), mixed.stride(0)
+        heads = (rows, shape.heads, shape.head_size)
+        shared, apart = (rows, shape.groups, shape.state), (stride, shape.state, 1)
+        begin = inner + mixed.storage_offset()
         decay, skip, bias = self._wide
-        output = torch.empty_like(x, memory_format=torch.contiguous_format)
-        selective_state_update(
+        output = torch.empty(heads)
+        selective_state_update_cpu(
             self._state,
-            x,
-            driven[:, shape.channels :, None].expand(-1, -1, shape.head_size),
+            mixed.as_strided(heads, (stride, shape.head_size, 1), mixed.storage_offset()),
+            driven.as_strided(heads, (driven.stride(0), 1, 0), driven.storage_offset() + channels),
             decay,
-            b,
-            c,
+            mixed.as_strided(shared, apart, begin),
+            mixed.as_strided(shared, apart, begin + shape.groups * shape.state),
             skip,
-            dt_bias=bias,
-            dt_softplus=True,
-            state_batch_indices=wave.pages,
-            dst_state_batch_indices=wave.pages,
-            out=output,
+            None,
+            bias,
+            True,
+            wave.pages,
+            wave.pages,
+            NO_PAGE,
+            output,
+            None,
+            None,
         )
-        return output.flatten(1)
+        return output.view(rows, inner)
 
     def _take(self, driven: Tensor, wave: Wave) -> Tensor:
         """Several tokens of each row."""

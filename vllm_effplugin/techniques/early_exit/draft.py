@@ -13,7 +13,7 @@ import torch
 from vllm.forward_context import set_forward_context
 
 from vllm_effplugin.engine.batch import Step, one_token_each
-from vllm_effplugin.techniques.early_exit.exits import take_tail
+from vllm_effplugin.techniques.early_exit.exits import tail_of_segment
 from vllm_effplugin.techniques.early_exit.step import pseudo_random
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class DraftRun:
         ):
             hidden, residual = loop.trunk.embed(torch.from_numpy(ids).to(device), None), None
             for exit, segment in zip(loop.exits[: self._exit + 1], loop.segments, strict=False):
-                tail = take_tail(exit, list(segment(at, hidden, residual)))
+                tail = tail_of_segment(exit, segment(at, hidden, residual))
                 hidden, residual = tail.hidden, tail.residual
         loop.counters.add("layer_tokens", len(rows) * loop.layers_to_exit[self._exit])
         logits = loop.compute_logits(loop.finished(self._exit, tail, slice(None)))

@@ -6,6 +6,7 @@ Shapes: `T` tokens, `d` hidden size. Hidden states are the residual stream behin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -62,8 +63,9 @@ class Exit(nn.Module):
     def finishes_in_graph(self) -> bool:
         """Whether the final norm's output is computed for all tokens, with the layers before.
 
-        It costs next to nothing there without an adapter, and a block has to run for every token,
-        since later ones attend to its entries; a linear map is for those that leave.
+        In a segment, behind which tokens are likely to leave, it costs next to nothing without an
+        adapter; and a block has to run for every token, since later ones attend to its entries. A
+        linear map is for those that leave.
         """
         return self.point.adapter != "linear"
 
@@ -88,29 +90,38 @@ class Tail:
     """What the stack gives at an exit, per token of the batch.
 
     Attributes:
-        hidden, residual: `[T, d]`; their sum is the exit's hidden state.
+        hidden, residual: `[T, d]`; their sum is the exit's hidden state. Without a residual,
+            `hidden` is.
         finished: `[T, d]` the final norm's output, where the graph computed it.
         gate: `[T]` logits of a trained gate.
     """
 
     hidden: Tensor
-    residual: Tensor
+    residual: Tensor | None
     finished: Tensor | None
     gate: Tensor | None
 
     def at(self, index: Tensor | slice) -> Tensor:
         """Hidden states of some tokens, `[n, d]`."""
-        return self.hidden[index] + self.residual[index]
+        hidden = self.hidden[index]
+        return hidden if self.residual is None else hidden + self.residual[index]
 
 
-def take_tail(exit: Exit, tensors: list[Tensor]) -> Tail:
-    """An exit's part of what a graph returned; removes it from the list's front."""
-    size = 2 + exit.finishes_in_graph + (exit.gate is not None)
-    hidden, residual, *others = tensors[:size]
-    del tensors[:size]
+def tail_of_segment(exit: Exit, tensors: Sequence[Tensor]) -> Tail:
+    """What the part of the stack that ends at an exit returned."""
+    hidden, residual, *others = tensors
     return Tail(
         hidden,
         residual,
         others[0] if exit.finishes_in_graph else None,
         others[-1] if exit.gate is not None else None,
     )
+
+
+def take_tail(exit: Exit, tensors: list[Tensor]) -> Tail:
+    """An exit's part of what the whole stack returned; removes it from the list's front.
+
+    The gates' logits are not part of it: they stand together.
+    """
+    hidden = tensors.pop(0)
+    return Tail(hidden, None, tensors.pop(0) if exit.block is not None else None, None)

@@ -31,7 +31,14 @@ from vllm_effplugin.engine.batch import (
 )
 from vllm_effplugin.engine.graphs import GraphInputs
 from vllm_effplugin.engine.loop import TrunkLoop
-from vllm_effplugin.engine.segments import apart, compiled_part, run_units, to_end, whole_stack
+from vllm_effplugin.engine.segments import (
+    apart,
+    compiled_part,
+    joined,
+    run_units,
+    to_end,
+    whole_stack,
+)
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
 from vllm_effplugin.techniques.early_exit.cache_fill import PendingFills, open_fill
@@ -90,12 +97,20 @@ def _whole(
     hidden = trunk.embed(input_ids, inputs_embeds)
     residual: Tensor | None = None
     exits: list[Tensor] = []
+    gates: list[Tensor] = []
     for unit in self.units:
         hidden, residual = run_units((unit,), trunk.layers, positions, hidden, residual)
         exit = self.exit_behind[0].get(unit.layers[-1])
         if exit is not None:
-            exits += _tail(trunk, exit, positions, *apart(hidden, residual))
-    return trunk.norm(hidden, residual)[0], *exits
+            state = joined(hidden, residual)
+            exits.append(state)
+            if exit.block is not None:
+                own = exit.block(positions, *apart(hidden, residual))
+                exits.append(trunk.norm(*own)[0])
+            if exit.gate is not None:
+                gates.append(exit.gate(state))
+    together = (torch.stack(gates),) if gates else ()
+    return trunk.norm(hidden, residual)[0], *together, *exits
 
 
 class ExitLoop(TrunkLoop):
@@ -113,6 +128,7 @@ class ExitLoop(TrunkLoop):
         super().__init__(vllm_config, exit_totals(len(trunk.exits)))
         self.config = config
         self.exits: list[Exit] = list(trunk.exits)
+        self.gated = [exit.gate is not None for exit in self.exits]
         self.num_layers = len(plan.unit_of)
         # Layers up to each exit and to the end, the exits' own included.
         blocks = np.cumsum([exit.block is not None for exit in self.exits], dtype=int)
@@ -286,7 +302,7 @@ class ExitLoop(TrunkLoop):
     def finish(self, exit: int, hidden: Tensor) -> Tensor:
         """The final norm's output for `[n, d]` hidden states that leave at an exit.
 
-        Not where the graph computes it.
+        Not where a graph computed it.
         """
         return self.trunk.norm(self.exits[exit].adapt(hidden))
 

@@ -159,14 +159,19 @@ def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
     """Everything of a step but its layers: they give `hidden`, as far as there are tokens."""
     kept = (loop.segments, loop.whole, loop.fills, loop.counters, loop.shadow, loop.skipped)
 
-    def tail(exit: Exit, count: int) -> tuple[Tensor, ...]:
-        states = [hidden[:count]] * (2 + exit.finishes_in_graph)
-        return (*states, hidden[:count, 0].float()) if exit.gate is not None else tuple(states)
+    logit = hidden[:, 0].float()
+
+    def states(exit: Exit, count: int) -> list[Tensor]:
+        return [hidden[:count]] * (2 + exit.finishes_in_graph)
 
     def to_exit(exit: Exit) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda positions, *_: tail(exit, len(positions))
+        return lambda positions, *_: (
+            *states(exit, len(positions)),
+            *([logit[: len(positions)]] if exit.gate is not None else ()),
+        )
 
-    tails = [state for exit in loop.exits for state in tail(exit, len(hidden))]
+    gates = [torch.stack([logit] * sum(loop.gated))] if any(loop.gated) else []
+    tails = [*gates, *(hidden for exit in loop.exits for _ in range(1 + (exit.block is not None)))]
     to_end = lambda positions, *_: hidden[: len(positions)]  # noqa: E731
     loop.segments = [loop.graph_inputs.placed(part) for part in (*map(to_exit, loop.exits), to_end)]
     loop.whole = lambda *_: (hidden.clone(), *tails)

@@ -8,7 +8,7 @@ the step ("row"), unless said otherwise; a row's tokens end at its last position
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_effplugin.engine.batch import Rows, Step, ranges, subset
 from vllm_effplugin.engine.graphs import Tokens
-from vllm_effplugin.techniques.early_exit.exits import Tail, take_tail
+from vllm_effplugin.techniques.early_exit.exits import Tail, tail_of_segment, take_tail
 from vllm_effplugin.techniques.early_exit.passage import STAYS, Batch, Departure, Passage, Wishes
 from vllm_effplugin.techniques.early_exit.states import KeptStates
 
@@ -82,15 +82,29 @@ class StepRun:
             return loop.plain(self._input_ids, self._positions, inputs_embeds)
         loop.counters.add("layer_tokens", self.passage.tokens * loop.layers_to_end)
         output, *tensors = loop.whole(self._input_ids, self._positions, inputs_embeds)
+        gates = tensors.pop(0).cpu().numpy() if any(loop.gated) else np.zeros((0, 0))
+        if all(loop.gated) and self._nobody_fires(gates):
+            self._end_fills()
+            return output
         full = output.clone() if self._watched is not None else output
-        tails = [take_tail(exit, tensors) for exit in loop.exits]
-        for exit, (tail, confidence) in enumerate(zip(tails, _read_gates(tails), strict=True)):
-            self._fire(exit, tail, confidence, output)
+        confidences = iter(gates)
+        for number, exit in enumerate(loop.exits):
+            tail = take_tail(exit, tensors)
+            self._fire(number, tail, next(confidences) if loop.gated[number] else None, output)
             batch, tokens = self.passage.batch, self._all_tokens()
-            self._skip(exit, batch, self._watched_at(exit), tokens, tail, runs_on=True)
+            self._skip(number, batch, self._watched_at(number), tokens, tail, runs_on=True)
         self._compare(full, output)
         self._end_fills()
         return output
+
+    def _nobody_fires(self, gates: np.ndarray) -> bool:
+        """Whether no row's gates say that it leaves, as is usual where exits are for few tokens.
+
+        Args:
+            gates: `[E, T]` logits.
+        """
+        fires = gates[:, self._scheduled.ends - 1] >= self.wishes.thresholds.T
+        return not self._loop.agreed(np.any(fires, keepdims=True))[0, 0]
 
     def _all_tokens(self) -> Tokens:
         return Tokens(self._step.common.slot_mapping, self._positions)
@@ -107,13 +121,13 @@ class StepRun:
         for exit, segment in enumerate(loop.segments[:-1]):
             before = passage.batch
             with tokens.context():
-                tail = take_tail(
-                    loop.exits[exit], list(segment(tokens.positions, hidden, residual))
-                )
+                tensors = segment(tokens.positions, hidden, residual)
+            tail = tail_of_segment(loop.exits[exit], tensors)
             hidden, residual = tail.hidden, tail.residual
             loop.counters.add("layer_tokens", before.tokens * (loop.layers_to_exit[exit] - depth))
             depth = loop.layers_to_exit[exit]
-            self._fire(exit, tail, _read_gates([tail])[0], output)
+            confidence = None if tail.gate is None else tail.gate.cpu().numpy()
+            self._fire(exit, tail, confidence, output)
             departure = passage.depart(exit)
             leaving = int(np.count_nonzero(departure.leaves))
             loop.counters.add("left", leaving)
@@ -154,6 +168,7 @@ class StepRun:
         )
         sources, targets = self._on_device(leaving), self._on_device(places)
         loop = self._loop
+        assert tail.residual is not None  # a segment's
         loop.waiting[0].index_copy_(0, targets, tail.hidden[sources])
         loop.waiting[1].index_copy_(0, targets, tail.residual[sources])
         loop.waiting_slots.index_copy_(0, targets, tokens.slot_mapping[sources].long())
@@ -341,15 +356,6 @@ class StepRun:
 
     def _on_device(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(indices).to(self._positions.device, non_blocking=True)
-
-
-def _read_gates(tails: Sequence[Tail]) -> list[np.ndarray | None]:
-    """`[T]` logits of the exits' trained gates, read back at once; None for the others."""
-    logits = [tail.gate for tail in tails if tail.gate is not None]
-    if not logits:
-        return [None] * len(tails)
-    read = iter(torch.stack(logits).cpu().numpy())
-    return [None if tail.gate is None else next(read) for tail in tails]
 
 
 def pseudo_random(exit: int, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
