@@ -424,6 +424,9 @@ def _start_engine(spec: EngineSpec) -> Engine:
     else:
         os.environ.update(cpu_environment(spec.tensor_parallel, os.sched_getaffinity(0)))
         environment = CPU_ENVIRONMENT
+        if "kv_cache_memory_bytes" in spec.options:  # on CPUs the variable wins
+            space = spec.options["kv_cache_memory_bytes"] // 2**30
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     # Two engines share a GPU's memory. They start together, so neither may measure what is free.

@@ -85,7 +85,8 @@ def cases(smollm2: Path, models: dict[str, Path]) -> list[Case]:
     """Forced exits of state-space models, and gates that never fire in SmolLM2."""
     found = []
     for name, label in (("mamba2-370m", "backbone"), ("codestral", "codestral")):
-        stock = EngineSpec(str(models[name]))
+        # A state is large, and 32 requests have one of each layer.
+        stock = EngineSpec(str(models[name]), options={"kv_cache_memory_bytes": 4 * 2**30})
         half = SHAPES[name]["num_hidden_layers"] // 2
         for policy in POLICIES:
             exits = {"exits": [forced(half, 100)], "cache": policy}

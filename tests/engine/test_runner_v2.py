@@ -21,7 +21,6 @@ INTERPRETER = HERE.parent / "triton_interpreter"
 
 EXITS = [
     "test_mixed_batches[Llama-recompute]",
-    "test_mixed_batches[Llama-all-recompute]",
     "test_mixed_batches[Qwen3-propagate]",
     "test_mixed_batches[Llama-softmax-copy]",
     "test_blocks_in_mixed_batches[Llama-recompute]",
