@@ -203,6 +203,15 @@ class Replay:
                 worst = max(worst, (expected - ours).abs().max().item())
         return worst
 
+    def taken(self, results: Sequence[Any]) -> set[int]:
+        """The exits that `prompts()` take, -1 for none: the results are what gates decide."""
+        fired: set[int] = set()
+        for prompt, (tokens, logits) in zip(prompts(), results, strict=True):
+            decided = self.decisions(prompt, tokens)
+            fired.update(exit for _, _, exit in decided)
+            assert self.difference(prompt, tokens, logits, decided) <= TOLERANCE
+        return fired
+
     def agreement(
         self, prompt: list[int], tokens: list[int], events: Sequence[Any]
     ) -> tuple[int, int]:
@@ -270,12 +279,7 @@ def test_trained_exits(tiny, tmp_path, gate, adapter, compaction):
     options = {"num_gpu_blocks_override": 200, "enable_prefix_caching": False}
     with exiting(checkpoint, block=block, **options) as (llm, _):
         results = generate(llm, prompts())
-    fired = set()
-    for prompt, (tokens, logits) in zip(prompts(), results, strict=True):
-        decided = replay.decisions(prompt, tokens)
-        fired.update(exit for _, _, exit in decided)
-        assert replay.difference(prompt, tokens, logits, decided) <= TOLERANCE
-    assert fired == {-1, 0, 1}
+    assert replay.taken(results) == {-1, 0, 1}
 
 
 WITH_BLOCKS = [{**point, "adapter": "block"} for point in SOME]
@@ -352,12 +356,7 @@ def test_two_ranks(tiny, tmp_path, exits, policy, compaction):
     changed = overrides("Llama", {"early_exit": block})
     with engine(checkpoint, tp=2, hf_overrides=changed, **{**MIXED_BATCHES, **options}) as llm:
         results = generate(llm, prompts())
-    fired = set()
-    for prompt, (tokens, logits) in zip(prompts(), results, strict=True):
-        decided = replay.decisions(prompt, tokens)
-        fired.update(exit for _, _, exit in decided)
-        assert replay.difference(prompt, tokens, logits, decided) <= TOLERANCE
-    assert fired == {-1, *range(len(exits))}
+    assert replay.taken(results) == {-1, *range(len(exits))}
 
 
 @pytest.mark.parametrize("policy", ["propagate", "copy"])
@@ -710,12 +709,17 @@ def test_compiled(tmp_path):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_bf16_differs_by_its_rounding_only(tiny, policy):
+    check_rounding(tiny(), "Llama", policy)
+
+
+def check_rounding(checkpoint: Path, family: str, policy: str, **options: Any) -> None:
     """As far from the fp32 reference where tokens leave as where none does."""
     noise = []
     for exits in (SOME, [{**point, "threshold": 0.9999999} for point in SOME]):
         block = {"exits": exits, "cache": policy}
-        replay = Replay(tiny(), block)
-        with exiting(tiny(), block=block, dtype="bfloat16") as (llm, trace):
+        replay = Replay(checkpoint, block)
+        options = {**options, "dtype": "bfloat16"}
+        with exiting(checkpoint, family, block=block, **options) as (llm, trace):
             results = generate(llm, prompts())
             followed = zip(prompts(), results, trace.take(), strict=True)
             noise.append(max(replay.difference(p, *result, seen) for p, result, seen in followed))

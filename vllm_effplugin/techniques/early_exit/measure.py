@@ -161,12 +161,9 @@ def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
 
     logit = hidden[:, 0].float()
 
-    def states(exit: Exit, count: int) -> list[Tensor]:
-        return [hidden[:count]] * (2 + exit.finishes_in_graph)
-
     def to_exit(exit: Exit) -> Callable[..., tuple[Tensor, ...]]:
         return lambda positions, *_: (
-            *states(exit, len(positions)),
+            *([hidden[: len(positions)]] * (2 + exit.finishes_in_graph)),
             *([logit[: len(positions)]] if exit.gate is not None else ()),
         )
 
