@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
@@ -96,10 +99,12 @@ class Spent:
 
     Attributes:
         counts: by how much each counter grew.
+        exits: tokens whose gate fired, at each exit.
     """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.exits: list[int] = []
 
     def agreement(self, tokens: int) -> float:
         """Share of `tokens` decoded in shadow mode that are the full model's."""
@@ -120,7 +125,58 @@ def counting(llm: Any, shadow: float = 0.0) -> Iterator[Spent]:
     yield spent
     after = llm.collective_rpc("loop_counters")[0]
     llm.collective_rpc("set_exit_shadow", args=(0.0,))
-    spent.counts = {key: after[key] - before[key] for key in after if key != "exits"}
+    grown = {key: np.subtract(after[key], before[key]).tolist() for key in after}
+    spent.exits = grown.pop("exits")
+    spent.counts = grown
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts, and how an engine with exits goes on with them: greedily, past what would end it.
+
+    Attributes:
+        llm: a `vllm.LLM`.
+        ids: of each prompt.
+        new_tokens: that continue each.
+        repetition_penalty: of what has been said, 1 for none.
+    """
+
+    llm: Any
+    ids: Sequence[list[int]]
+    new_tokens: int
+    repetition_penalty: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens decoded in all."""
+        return len(self.ids) * self.new_tokens
+
+    def continued(self, setting: Setting) -> list[list[int]]:
+        """Token ids behind each prompt."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=self.new_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            repetition_penalty=self.repetition_penalty,
+            extra_args=setting.extra_args,
+        )
+        inputs = [{"prompt_token_ids": list(ids)} for ids in self.ids]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def watched(self, setting: Setting) -> tuple[list[list[int]], Spent]:
+        """The same in shadow mode, and what the exits did."""
+        with counting(self.llm, shadow=1.0) as spent:
+            outputs = self.continued(setting)
+        return outputs, spent
+
+
+def same_outputs(one: Sequence[list[int]], other: Sequence[list[int]]) -> float:
+    """Share of prompts whose whole continuation is the same."""
+    return sum(map(operator.eq, one, other)) / len(one)
 
 
 def measure_settings(
@@ -137,7 +193,7 @@ def measure_settings(
     `options` are further arguments of `vllm.LLM`.
     """
     from tqdm.auto import tqdm
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     longest = max(map(len, prompts)) + max_tokens
     llm = LLM(
@@ -148,30 +204,17 @@ def measure_settings(
         disable_log_stats=True,
         **options,
     )
-    inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     wanted = [Setting.model_validate(item) for item in asked]
-
-    def run(setting: Setting) -> list[list[int]]:
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            repetition_penalty=repetition_penalty,
-            extra_args=setting.extra_args,
-        )
-        outputs = llm.generate(inputs, sampling, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+    served = Prompts(llm, prompts, max_tokens, repetition_penalty)
 
     def timed(setting: Setting) -> tuple[list[list[int]], float]:
         start = time.perf_counter()
-        return run(setting), time.perf_counter() - start
+        return served.continued(setting), time.perf_counter() - start
 
     layers = llm.collective_rpc("exit_layers")[0]
-    run(wanted[0])  # not measured: the first run compiles and fills caches
+    served.continued(wanted[0])  # not measured: the first run compiles and fills caches
     results: list[dict[str, Any]] = []
     full: list[list[int]] = []
-    tokens = len(prompts) * max_tokens
     for setting in tqdm(wanted, desc="settings"):
         times: list[float] = []
         ratios: list[float] = []
@@ -181,19 +224,17 @@ def measure_settings(
             times.append(seconds)
             ratios.append(timed(wanted[0])[1] / seconds)
         full = full or outputs
-        with counting(llm, shadow=1.0) as watched:
-            run(setting)
-        same = sum(one == other for one, other in zip(full, outputs, strict=True))
+        _, watched = served.watched(setting)
         share = spent.counts["layer_tokens"] / spent.counts["full_layer_tokens"]
         results.append(
             Measured(
                 name=setting.name,
-                agreement=watched.agreement(tokens),
+                agreement=watched.agreement(served.tokens),
                 layer_tokens=share,
                 mean_depth=layers * share,
-                tokens_s=tokens / statistics.median(times),
+                tokens_s=served.tokens / statistics.median(times),
                 relative=statistics.median(ratios),
-                same_output=same / len(prompts),
+                same_output=same_outputs(full, outputs),
                 outputs=outputs,
             ).model_dump()
         )
@@ -273,11 +314,8 @@ def measure_exits(
         Measured.model_validate(row)
         for row in run_with_engine(measure_settings, str(checkpoint), *arguments)
     ]
-    ends = _end_tokens(checkpoint, tokenizer)
-    scores: list[float | None] = [
-        accuracy(asked, tokenizer.batch_decode([_until(ids, ends) for ids in row.outputs]))
-        if asked
-        else None
+    scores = [
+        accuracy(asked, replies(checkpoint, tokenizer, row.outputs)) if asked else None
         for row in rows
     ]
     title = f"{len(inputs)} prompts, {shape.new_tokens} tokens each; {describe(efficiency)}"
@@ -296,6 +334,13 @@ def measure_exits(
     }
 
 
+def replies(checkpoint: Path, tokenizer: Any, outputs: Sequence[list[int]]) -> list[str]:
+    """Outputs as text, each up to the first token that ends a reply."""
+    ends = _end_tokens(checkpoint, tokenizer)
+    said = [list(itertools.takewhile(lambda token: token not in ends, ids)) for ids in outputs]
+    return list(tokenizer.batch_decode(said))
+
+
 def _end_tokens(checkpoint: Path, tokenizer: Any) -> set[int]:
     """Tokens that end a reply."""
     ends = {tokenizer.eos_token_id}
@@ -304,8 +349,3 @@ def _end_tokens(checkpoint: Path, tokenizer: Any) -> set[int]:
         listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         ends.update(listed if isinstance(listed, list) else [listed])
     return {end for end in ends if end is not None}
-
-
-def _until(ids: Sequence[int], ends: set[int]) -> list[int]:
-    """The tokens before the first that ends the reply."""
-    return list(itertools.takewhile(lambda token: token not in ends, ids))
