@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from vllm_effplugin.techniques.early_exit.config import NEVER, EarlyExitConfig, ExitPoint
@@ -116,6 +117,14 @@ def tail_of_segment(exit: Exit, tensors: Sequence[Tensor]) -> Tail:
         others[0] if exit.finishes_in_graph else None,
         others[-1] if exit.gate is not None else None,
     )
+
+
+def together(gates: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Logits of all gates, `[E, T]`, and each one's largest, `[E]`, NaN left out; or nothing."""
+    if not gates:
+        return ()
+    logits = torch.stack(list(gates))
+    return logits, torch.where(logits.isnan(), -torch.inf, logits).amax(1)
 
 
 def take_tail(exit: Exit, tensors: list[Tensor]) -> Tail:

@@ -39,13 +39,14 @@ from vllm_effplugin.engine.segments import (
     to_end,
     whole_stack,
 )
+from vllm_effplugin.engine.state_pages import waves
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.plan import Plan
 from vllm_effplugin.techniques.early_exit.cache_fill import PendingFills, open_fill
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
 from vllm_effplugin.techniques.early_exit.draft import DraftRun, Drafts
-from vllm_effplugin.techniques.early_exit.exits import Exit, Tail
+from vllm_effplugin.techniques.early_exit.exits import Exit, Tail, together
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
 from vllm_effplugin.techniques.early_exit.measure import (
     CUTTING_ROWS,
@@ -109,8 +110,7 @@ def _whole(
                 exits.append(trunk.norm(*own)[0])
             if exit.gate is not None:
                 gates.append(exit.gate(state))
-    together = (torch.stack(gates),) if gates else ()
-    return trunk.norm(hidden, residual)[0], *together, *exits
+    return trunk.norm(hidden, residual)[0], *together(gates), *exits
 
 
 class ExitLoop(TrunkLoop):
@@ -266,9 +266,10 @@ class ExitLoop(TrunkLoop):
             return self.plain(input_ids, positions, inputs_embeds)
         rows = self._source.rows()
         wishes = self._wishes.of(rows.decodes)
+        if self.config.has_states:
+            waves(step)  # now: between layers, with cold caches, it takes several times as long
         run = StepRun(self, step, rows, wishes, input_ids, positions)
-        passage = run.passage
-        in_segments = passage.waits or (passage.may_leave and wishes.count > 0)
+        in_segments = run.wants_segments
         looks = wishes.count > 0 and self.preference.looks()
         began = clock(positions.device) if looks else 0.0
         if in_segments:
@@ -276,6 +277,7 @@ class ExitLoop(TrunkLoop):
         else:
             hidden = run.as_one(inputs_embeds)
         if looks:
+            passage = run.passage
             seconds = float(self.agreed(np.array([clock(positions.device) - began]))[0])
             self.preference.learn(
                 passage.tokens,

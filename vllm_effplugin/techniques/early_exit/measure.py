@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_effplugin.engine.batch import Rows, Step
 from vllm_effplugin.engine.counters import Counters
+from vllm_effplugin.techniques.early_exit.exits import together
 from vllm_effplugin.techniques.early_exit.passage import Wishes
 from vllm_effplugin.techniques.early_exit.step import StepRun
 from vllm_effplugin.techniques.early_exit.totals import exit_totals
@@ -167,7 +168,7 @@ def _without_layers(loop: ExitLoop, hidden: Tensor) -> Iterator[None]:
             *([logit[: len(positions)]] if exit.gate is not None else ()),
         )
 
-    gates = [torch.stack([logit] * sum(loop.gated))] if any(loop.gated) else []
+    gates = together([logit] * sum(loop.gated))
     tails = [*gates, *(hidden for exit in loop.exits for _ in range(1 + (exit.block is not None)))]
     to_end = lambda positions, *_: hidden[: len(positions)]  # noqa: E731
     loop.segments = [loop.graph_inputs.placed(part) for part in (*map(to_exit, loop.exits), to_end)]

@@ -63,12 +63,14 @@ class Wishes:
     Attributes:
         rows: whether each may anywhere.
         count: how many may.
+        lowest: least threshold of any row, for each exit.
     """
 
     def __init__(self, thresholds: np.ndarray) -> None:
         self.thresholds = thresholds
         self._may_leave = thresholds < np.inf
         self._asked = [np.flatnonzero(column) for column in self._may_leave.T]
+        self.lowest = thresholds.min(0, initial=np.inf).tolist()
         self.rows: Mask = np.any(self._may_leave, axis=1)
         self.count = int(np.count_nonzero(self.rows))
 
@@ -115,6 +117,14 @@ class Passage:
         owes: whether skipped layers run later (`recompute`).
         slots, starts, lengths: of the step's rows.
         watched: rows that run all layers in any case, to be compared with what their exit said.
+
+    Attributes:
+        scheduled: all rows, as the step began.
+        batch: those that still run.
+        tokens: of the step.
+        fired: exit at which each row's gate fired, or `STAYS`.
+        waits: whether tokens of its requests wait.
+        may_leave: whether leaving is expected to pay.
     """
 
     def __init__(
@@ -129,8 +139,7 @@ class Passage:
     ) -> None:
         self._ledger, self._costs, self._owes = ledger, preference.costs, owes
         self.slots = slots
-        self.batch = Batch(np.arange(len(slots)), starts, lengths)
-        self._scheduled = self.batch
+        self.batch = self.scheduled = Batch(np.arange(len(slots)), starts, lengths)
         self.tokens = self.batch.tokens
         self.fired = np.full(len(slots), STAYS)
         self._watched = watched
@@ -144,7 +153,7 @@ class Passage:
         """Rows that have to run all layers, whatever their gates say."""
         must = np.zeros(len(self.slots), dtype=bool)
         if self._owes:
-            must = self._ledger.must_finish(self.slots, self._scheduled.lasts)
+            must = self._ledger.must_finish(self.slots, self.scheduled.lasts)
         return must if self._watched is None else must | self._watched
 
     def leavable(self, exits: int) -> list[int]:

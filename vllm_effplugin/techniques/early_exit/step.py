@@ -8,8 +8,9 @@ the step ("row"), unless said otherwise; a row's tokens end at its last position
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,25 +51,42 @@ class StepRun:
         self._loop, self._step, self.rows = loop, step, rows
         self.wishes = wishes
         self._input_ids, self._positions = input_ids, positions
-        owes = loop.config.cache == "recompute"
+        self._tokens = step.common.num_actual_tokens
         self._watched = self._draw_watched() if loop.shadow else None
-        self.passage = Passage(
-            loop.ledger,
-            loop.preference,
-            owes,
-            rows.slots,
-            rows.starts,
-            rows.lengths,
-            self._watched,
-        )
-        self._scheduled = self.passage.batch
         self._at_the_end: list[Callable[[], None]] = []
         self._kept: KeptStates | None = None
         if self._watched is not None and loop.skipped is not None:
             watched = np.flatnonzero(self._watched)
             self._kept = loop.skipped.keep(step, watched, self._scheduled.lasts[watched])
         loop.counters.add("decoded", wishes.count)
-        loop.counters.add("full_layer_tokens", self.passage.tokens * loop.num_layers)
+        loop.counters.add("full_layer_tokens", self._tokens * loop.num_layers)
+
+    @cached_property
+    def passage(self) -> Passage:
+        """Who goes how far. Made only for steps in which somebody may: most need none."""
+        loop, rows = self._loop, self.rows
+        return Passage(
+            loop.ledger,
+            loop.preference,
+            not loop.approximates,
+            rows.slots,
+            rows.starts,
+            rows.lengths,
+            self._watched,
+        )
+
+    @property
+    def _scheduled(self) -> Batch:
+        return self.passage.scheduled
+
+    @property
+    def wants_segments(self) -> bool:
+        """Whether to run segment by segment: somebody may leave, or has to take tokens along."""
+        loop = self._loop
+        waits = not loop.approximates and loop.ledger.backlog > 0
+        if not (waits or loop.preference.segments(self._tokens)):
+            return False
+        return self.passage.waits or (self.passage.may_leave and self.wishes.count > 0)
 
     # --- The stack as one graph ------------------------------------------------------------------
 
@@ -78,14 +96,17 @@ class StepRun:
         if loop.fills is not None:
             loop.fills.write(self.rows.slots)
         if not (self.wishes.count or loop.needs_exits):
-            loop.counters.add("layer_tokens", self.passage.tokens * loop.num_layers)
+            loop.counters.add("layer_tokens", self._tokens * loop.num_layers)
             return loop.plain(self._input_ids, self._positions, inputs_embeds)
-        loop.counters.add("layer_tokens", self.passage.tokens * loop.layers_to_end)
+        loop.counters.add("layer_tokens", self._tokens * loop.layers_to_end)
         output, *tensors = loop.whole(self._input_ids, self._positions, inputs_embeds)
-        gates = tensors.pop(0).cpu().numpy() if any(loop.gated) else np.zeros((0, 0))
-        if all(loop.gated) and self._nobody_fires(gates):
-            self._end_fills()
-            return output
+        gates = np.zeros((0, 0))
+        if any(loop.gated):
+            logits, largest, *tensors = tensors
+            if all(loop.gated) and self._nobody_fires(largest):
+                self._end_fills()
+                return output
+            gates = logits.cpu().numpy()
         full = output.clone() if self._watched is not None else output
         confidences = iter(gates)
         for number, exit in enumerate(loop.exits):
@@ -97,14 +118,16 @@ class StepRun:
         self._end_fills()
         return output
 
-    def _nobody_fires(self, gates: np.ndarray) -> bool:
-        """Whether no row's gates say that it leaves, as is usual where exits are for few tokens.
+    def _nobody_fires(self, largest: Tensor) -> bool:
+        """Whether no gate is as sure of any token as some row wishes: then none leaves.
+
+        Without numpy, for which the host's caches are cold at this moment.
 
         Args:
-            gates: `[E, T]` logits.
+            largest: `[E]` logits.
         """
-        fires = gates[:, self._scheduled.ends - 1] >= self.wishes.thresholds.T
-        return not self._loop.agreed(np.any(fires, keepdims=True))[0, 0]
+        fires = any(map(operator.ge, largest.tolist(), self.wishes.lowest))
+        return not self._loop.agreed(np.array([fires]))[0]
 
     def _all_tokens(self) -> Tokens:
         return Tokens(self._step.common.slot_mapping, self._positions)
