@@ -25,7 +25,7 @@ from tests.engine.test_early_exit import (
 from tests.engine.test_layer_parallel_logits import MIXED_BATCHES, generate, prompts
 from tests.engine.test_off import assert_identical, run
 from tests.tiny import architecture, counters, engine, overrides
-from vllm_effplugin.engine.state_pages import pages_at
+from vllm_effplugin.engine.state_pages import pages_at, state_tensors
 
 STATE_POLICIES = ["recompute", "freeze", "state-only"]
 MAMBA = {"gate": "mamba", "threshold": 0.6}
@@ -111,7 +111,8 @@ class States:
             page = pages_at(run._step, np.array([row]), np.array([last]))
             for number, exit in enumerate(self.trace.loop.exits):
                 if exit.point.gate == "mamba" and (fired < 0 or number <= fired):
-                    kept = exit.gate.states.pages[page][0].clone()
+                    parts = state_tensors(exit.gate.states)
+                    kept = torch.cat([part[page].flatten() for part in parts])
                     self.pages[arrival(names[row]), int(last), number] = kept
 
     def look(self, request: int, found: list[float]):
@@ -141,7 +142,7 @@ class States:
 def test_states_are_those_of_a_scan(tiny, tmp_path, family, exits, policy):
     """Over chunked prefill, decode, preemption, reordering and prefix hits."""
     attends = family != "Mamba2"
-    block = {"exits": exits, "cache": policy}
+    block = {"exits": exits, "cache": policy, "gate_width": 32}
     replay = Replay(tiny(family), block)
     checkpoint = replay.write(tiny(family), tmp_path / "exits")
     options = {} if attends else ROOMY
@@ -179,7 +180,7 @@ def test_states_are_those_of_a_scan(tiny, tmp_path, family, exits, policy):
 def test_what_gates_decide(tiny, tmp_path, family, adapter, compaction):
     """Worked out apart; with `auto` the stack runs as one graph at first."""
     exits = [{**point, "adapter": adapter} for point in GATES]
-    block = {"exits": exits, "compaction": compaction}
+    block = {"exits": exits, "compaction": compaction, "gate_width": 32}
     replay = Replay(tiny(family), block)
     checkpoint = replay.write(tiny(family), tmp_path / "exits")
     with exiting(checkpoint, family, block=block, **ROOMY) as (llm, _):
@@ -192,7 +193,7 @@ def test_what_gates_decide(tiny, tmp_path, family, adapter, compaction):
 )
 def test_shadow_mode_changes_nothing(tiny, tmp_path, family, policy):
     """Tokens that run on to be compared leave states as if they had left."""
-    block = {"exits": MOST_LEAVE, "cache": policy}
+    block = {"exits": MOST_LEAVE, "cache": policy, "gate_width": 32}
     replay = Replay(tiny(family), block)
     checkpoint = replay.write(tiny(family), tmp_path / "exits")
     with exiting(checkpoint, family, block=block, **ROOMY) as (llm, trace):
@@ -211,6 +212,7 @@ def test_shadow_mode_changes_nothing(tiny, tmp_path, family, policy):
 
 def test_two_ranks(tiny, tmp_path):
     block = {"exits": GATES, "cache": "state-only", "compaction": "always", "max_pending": 5}
+    block["gate_width"] = 16  # a rank's share of a page is small
     replay = Replay(tiny("Mamba2"), block)
     checkpoint = replay.write(tiny("Mamba2"), tmp_path / "exits")
     changed = overrides("Mamba2", {"early_exit": block})

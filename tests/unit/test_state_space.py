@@ -96,6 +96,6 @@ def test_a_gate_on_sequences_is_the_gate_token_by_token():
     trace = MixerTrace(gate)
     said = []
     for position in range(LENGTH):
-        gate.states = lambda driven, position=position: trace.take(position, driven)
+        gate.states = lambda *driven, position=position: trace.take(position, *driven)
         said.append(gate(hidden[0, position : position + 1]))
     torch.testing.assert_close(gate.of_sequences(hidden)[0], torch.cat(said), atol=1e-3, rtol=1e-3)

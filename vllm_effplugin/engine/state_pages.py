@@ -1,20 +1,21 @@
-"""Recurrent states of an exit's gate, in pages of the model's own cache.
+"""Recurrent states of exits' gates, in pages of the model's own cache.
 
-A gate with a state is one more layer in the cache group of the model's layers: it asks for the same
-pages, and gets one for every block of a request. There it keeps its state behind the block's last
-position so far; so full blocks can be shared, preempted requests lose it with their other entries,
-and nothing has to be told which request a row belongs to. In a state-space model, where a request
-has one page for all its positions, it is that page.
+The gates with states are one more layer in the cache group of the model's layers: it asks for the
+same pages, and gets one for every block of a request. There each gate keeps its state behind the
+last position of the block that it has seen; so full blocks can be shared, preempted requests lose
+them with their other entries, and nothing has to be told which request a row belongs to. In a
+state-space model, where a request has one page for all its positions, it is that page.
 
 vLLM's own way, a Mamba group beside the attention group, would make blocks as large as states, and
 keep none behind a shared prefix unless asked to.
 
 Shapes: `T` tokens of the batch, `R` rows, `C` channels of the convolution, `K` positions that it
-looks at, `H` heads of `P` channels, `N` coordinates of the state.
+looks at, `H` heads of `P` channels, `N` coordinates of the state; `M` mixers in all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -145,29 +146,31 @@ def pages_at(step: Step, rows: np.ndarray, positions: np.ndarray) -> Tensor:
 
 
 class StatePages(AttentionLayerBase):
-    """The states of one gate: a layer as far as vLLM's cache goes.
+    """The states of some mixers of one shape: a layer as far as vLLM's cache goes.
 
     Args:
-        mixer: what advances them.
+        mixers: what advances them.
         like: a layer of the model, whose pages these are like.
         layer_name: unique; it has one number in it.
     """
 
-    def __init__(self, mixer: Mixer, like: Any, layer_name: str, vllm_config: VllmConfig) -> None:
-        self._mixer, self._like, self.layer_name = mixer, like, layer_name
+    def __init__(
+        self, mixers: Sequence[Mixer], like: Any, layer_name: str, vllm_config: VllmConfig
+    ) -> None:
+        self._mixers, self._like, self.layer_name = list(mixers), like, layer_name
         layers = vllm_config.compilation_config.static_forward_context
         if layer_name in layers:
             raise ValueError(f"there are two layers {layer_name}")
         layers[layer_name] = self
         self.num_heads = like.num_heads  # a runner builds metadata apart where it differs
-        shape = mixer.shape
-        self._taps = mixer.conv_weight.shape[1] - 1
-        self._sizes = [
-            self._taps * shape.channels,
-            shape.heads * shape.head_size * shape.state,
-        ]
-        self.pages = torch.empty(0)
-        self._conv = self._state = torch.empty(0)
+        self._parts: dict[tuple[int, int], StatePart] = {}
+
+    def part(self, first: int, count: int = 1) -> StatePart:
+        """What some mixers next to each other have of the pages."""
+        if (first, count) not in self._parts:
+            mixers = self._mixers[first : first + count]
+            self._parts[first, count] = StatePart(mixers, self.layer_name, first)
+        return self._parts[first, count]
 
     # --- A layer of vLLM's -----------------------------------------------------------------------
 
@@ -187,89 +190,136 @@ class StatePages(AttentionLayerBase):
         # From the widest stride to the narrowest: whatever the layout, a view.
         order = sorted(range(1, kv_cache.dim()), key=lambda dim: -kv_cache.stride(dim))
         pages = kv_cache.permute(0, *order).flatten(1).view(torch.uint8)
-        needed = 4 * sum(self._sizes)
+        shape, count = self._mixers[0].shape, len(self._mixers)
+        taps = self._mixers[0].conv_weight.shape[1] - 1
+        heads = (shape.heads, shape.head_size, shape.state)
+        sizes = [taps * count * shape.channels, count * math.prod(heads)]
+        needed = 4 * sum(sizes)
         if pages.shape[1] < needed:
             raise UnsupportedError(
-                f"the state of a `mamba` gate takes {needed} bytes, and a block of the KV cache "
-                f"has {pages.shape[1]} per layer: serve with a larger --block-size, or prepare "
-                "with a smaller --gate-width"
+                f"the states of {count} `mamba` gates take {needed} bytes, and a block of the KV "
+                f"cache has {pages.shape[1]} per layer: serve with a larger --block-size, or "
+                "prepare with a smaller --gate-width or fewer exits"
             )
-        shape = self._mixer.shape
-        self.pages = pages[:, :needed].view(torch.float32)
-        conv, state = self.pages.split(self._sizes, 1)
+        conv, state = pages[:, :needed].view(torch.float32).split(sizes, 1)
+        conv = conv.unflatten(1, (taps, count, shape.channels))
+        state = state.unflatten(1, (count, *heads))
+        for part in self._parts.values():
+            part.bind(conv, state)
+
+    def advance(self, first: int, count: int, mixed: Tensor, dt: Tensor) -> Tensor:
+        """Take in the tokens of a batch, outside any graph; see `StatePart`."""
+        return self._parts[first, count].advance(mixed, dt, current_step(self.layer_name))
+
+
+class StatePart:
+    """The states of `n` mixers of one shape, advanced together.
+
+    Called with the tokens of a batch, `[T, n * C]` for the convolution and `[T, n * H]` time steps,
+    it gives what the mixers say, `[T, n * H * P]`.
+
+    Args:
+        mixers: they.
+        layer_name: of their pages.
+        first: number of the first mixer there.
+    """
+
+    def __init__(self, mixers: Sequence[Mixer], layer_name: str, first: int) -> None:
+        self._mixers, self._layer_name, self._first = list(mixers), layer_name, first
+        self._count, self.shape = len(self._mixers), mixers[0].shape
+        assert self.shape.groups == 1
+        self.tensors: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def bind(self, conv: Tensor, state: Tensor) -> None:
+        """Find the states in the pages: `[pages, K - 1, M, C]` and `[pages, M, H, P, N]`."""
+        own = slice(self._first, self._first + self._count)
+        self.tensors = conv[:, :, own].flatten(2), state[:, own].flatten(1, 2)
         # The kernels want a channel's positions apart, as in vLLM's own layout.
-        self._conv = conv.unflatten(1, (self._taps, shape.channels)).transpose(1, 2)
-        self._state = state.unflatten(1, (shape.heads, shape.head_size, shape.state))
+        self._conv, self._state = self.tensors[0].transpose(1, 2), self.tensors[1]
 
-    # --- States ----------------------------------------------------------------------------------
+    def __call__(self, mixed: Tensor, dt: Tensor) -> Tensor:
+        inner = self._count * self.shape.inner
+        name, first, count = self._layer_name, self._first, self._count
+        return torch.ops.effplugin.gate_states(mixed, dt, name, first, count, inner)
 
-    def __call__(self, driven: Tensor) -> Tensor:
-        """Take in the tokens of a batch: `[T, C + H]` -> what the mixer says, `[T, H * P]`."""
-        return torch.ops.effplugin.gate_states(driven, self.layer_name, self._mixer.shape.inner)
-
-    def advance(self, driven: Tensor) -> Tensor:
+    def advance(self, mixed: Tensor, dt: Tensor, step: Step | None) -> Tensor:
         """The same, outside any graph."""
-        step = current_step(self.layer_name)
+        inner = self._count * self.shape.inner
         if step is None:
-            return driven.new_zeros(len(driven), self._mixer.shape.inner)
+            return mixed.new_zeros(len(mixed), inner)
         output = None
         for wave in waves(step):
-            if wave.fresh is not None:
-                self.pages.index_fill_(0, wave.fresh, 0.0)
-            if wave.sources is not None and wave.targets is not None:
-                self.pages.index_copy_(0, wave.targets, self.pages[wave.sources])
-            part = driven if wave.tokens is None else driven[wave.tokens]
-            said = self._take_one(part, wave) if wave.begins is None else self._take(part, wave)
+            for states in self.tensors:
+                if wave.fresh is not None:
+                    states.index_fill_(0, wave.fresh, 0.0)
+                if wave.sources is not None and wave.targets is not None:
+                    states.index_copy_(0, wave.targets, states[wave.sources])
+            driven = (mixed, dt) if wave.tokens is None else (mixed[wave.tokens], dt[wave.tokens])
+            take = self._take_one if wave.begins is None else self._take
+            said = take(*driven, wave)
             if wave.tokens is None:
                 return said
             if output is None:
-                output = driven.new_zeros(len(driven), self._mixer.shape.inner)
+                output = mixed.new_zeros(len(mixed), inner)
             output.index_copy_(0, wave.tokens, said)
         assert output is not None  # a batch has rows
         return output
 
+    def _all(self, name: str) -> Tensor:
+        """A parameter of all mixers, one behind the other."""
+        return torch.cat([getattr(mixer, name).detach() for mixer in self._mixers])
+
+    @cached_property
+    def _kernel(self) -> tuple[Tensor, Tensor]:
+        """Of the convolution."""
+        return self._all("conv_weight"), self._all("conv_bias")
+
     @cached_property
     def _decay(self) -> Tensor:
-        """`A`, `[H]`."""
-        return -self._mixer.log_a.detach().exp()
+        """`A`, `[n * H]`."""
+        return -self._all("log_a").exp()
+
+    @cached_property
+    def _skip(self) -> Tensor:
+        return self._all("D")
+
+    @cached_property
+    def _bias(self) -> Tensor:
+        return self._all("dt_bias")
 
     @cached_property
     def _wide(self) -> tuple[Tensor, Tensor, Tensor]:
         """`A`, `D` and the bias of `dt` as the kernel for single tokens takes them."""
-        shape = self._mixer.shape
+        size = self.shape.head_size
         return (
-            self._decay[:, None, None].expand(-1, shape.head_size, shape.state),
-            self._mixer.D.detach()[:, None].expand(-1, shape.head_size),
-            self._mixer.dt_bias.detach()[:, None].expand(-1, shape.head_size),
+            self._decay[:, None, None].expand(-1, size, self.shape.state),
+            self._skip[:, None].expand(-1, size),
+            self._bias[:, None].expand(-1, size),
         )
 
-    def _take_one(self, driven: Tensor, wave: Wave) -> Tensor:
+    def _take_one(self, mixed: Tensor, dt: Tensor, wave: Wave) -> Tensor:
         """One token of each row. Runs for every decoded token: as few calls as can be."""
-        mixer, shape = self._mixer, self._mixer.shape
-        inner, channels = shape.inner, shape.channels
+        shape, count = self.shape, self._count
         mixed = causal_conv1d_update_cpu_vec(
-            driven[:, :channels],
-            self._conv,
-            mixer.conv_weight,
-            mixer.conv_bias,
-            "silu",
-            wave.pages,
-            None,
-            NO_PAGE,
+            mixed, self._conv, *self._kernel, "silu", wave.pages, None, NO_PAGE
         )
-        rows, stride = len(mixed), mixed.stride(0)
-        heads = (rows, shape.heads, shape.head_size)
-        shared, apart = (rows, shape.groups, shape.state), (stride, shape.state, 1)
-        begin = inner + mixed.storage_offset()
+        rows, stride = mixed.shape[0], mixed.stride(0)
+        heads = (rows, count * shape.heads, shape.head_size)
+        begin = mixed.storage_offset()
+        if count == 1:
+            x = mixed.as_strided(heads, (stride, shape.head_size, 1), begin)
+        else:  # the kernel knows one stride from head to head
+            x = mixed.unflatten(1, (count, -1))[..., : shape.inner].reshape(heads)
+        shared, apart = (rows, count, shape.state), (stride, shape.channels, 1)
         decay, skip, bias = self._wide
         output = torch.empty(heads)
         selective_state_update_cpu(
             self._state,
-            mixed.as_strided(heads, (stride, shape.head_size, 1), mixed.storage_offset()),
-            driven.as_strided(heads, (driven.stride(0), 1, 0), driven.storage_offset() + channels),
+            x,
+            dt.as_strided(heads, (dt.stride(0), 1, 0), dt.storage_offset()),
             decay,
-            mixed.as_strided(shared, apart, begin),
-            mixed.as_strided(shared, apart, begin + shape.groups * shape.state),
+            mixed.as_strided(shared, apart, begin + shape.inner),
+            mixed.as_strided(shared, apart, begin + shape.inner + shape.state),
             skip,
             None,
             bias,
@@ -281,46 +331,52 @@ class StatePages(AttentionLayerBase):
             None,
             None,
         )
-        return output.view(rows, inner)
+        return output.view(rows, count * shape.inner)
 
-    def _take(self, driven: Tensor, wave: Wave) -> Tensor:
+    def _take(self, mixed: Tensor, dt: Tensor, wave: Wave) -> Tensor:
         """Several tokens of each row."""
-        mixer, shape = self._mixer, self._mixer.shape
+        assert wave.begins is not None
         mixed = causal_conv1d_fn_cpu(
-            driven[:, : shape.channels].T,
-            mixer.conv_weight,
-            mixer.conv_bias,
+            mixed.T,
+            *self._kernel,
             self._conv,
             wave.begins,
             cache_indices=wave.pages,
             has_initial_state=torch.ones(len(wave.pages), dtype=torch.bool),
             activation="silu",
         )
-        x, b, c = split_mixed(shape, mixed.T.contiguous())
-        output = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dt = functional.softplus(driven[:, shape.channels :] + mixer.dt_bias)
+        of_mixers = mixed.T.unflatten(1, (self._count, -1))
+        x, b, c = (part.flatten(1, 2).contiguous() for part in split_mixed(self.shape, of_mixers))
+        output = torch.empty_like(x)
+        dt = functional.softplus(dt + self._bias)
         states = self._state[wave.pages]
         mamba_chunk_scan_fwd_cpu(
-            output, states, x, dt, self._decay, b, c, mixer.D, None, wave.begins
+            output, states, x, dt, self._decay, b, c, self._skip, None, wave.begins
         )
         self._state[wave.pages] = states
         return output.flatten(1)
 
 
-def _gate_states(driven: Tensor, layer_name: str, inner: int) -> Tensor:
-    return get_forward_context().no_compile_layers[layer_name].advance(driven)
+def _gate_states(
+    mixed: Tensor, dt: Tensor, layer_name: str, first: int, count: int, inner: int
+) -> Tensor:
+    pages = get_forward_context().no_compile_layers[layer_name]
+    return pages.advance(first, count, mixed, dt)
 
 
 _LIBRARY = torch.library.Library("effplugin", "FRAGMENT")
-_LIBRARY.define("gate_states(Tensor driven, str layer_name, int inner) -> Tensor")
+_LIBRARY.define(
+    "gate_states(Tensor mixed, Tensor dt, str layer_name, int first, int count, int inner)"
+    " -> Tensor"
+)
 _LIBRARY.impl("gate_states", _gate_states, "CPU")
 torch.library.register_fake(
     "effplugin::gate_states",
-    lambda driven, layer_name, inner: driven.new_empty(driven.shape[0], inner),
+    lambda mixed, dt, layer_name, first, count, inner: mixed.new_empty(mixed.shape[0], inner),
     lib=_LIBRARY,
 )
 
 
 def state_tensors(layer: Any) -> tuple[Tensor, ...]:
     """What a layer keeps of a request, one entry per page."""
-    return (layer.pages,) if isinstance(layer, StatePages) else tuple(layer.kv_cache)
+    return layer.tensors if isinstance(layer, StatePart) else tuple(layer.kv_cache)

@@ -32,7 +32,7 @@ from vllm_effplugin.engine.sequences import Stack, sequence_loop
 from vllm_effplugin.engine.settings import efficiency_of, plan_for
 from vllm_effplugin.engine.state_pages import StatePages
 from vllm_effplugin.plan import Plan, Unit
-from vllm_effplugin.techniques.early_exit.exits import Exit
+from vllm_effplugin.techniques.early_exit.exits import AllGates, Exit
 from vllm_effplugin.techniques.early_exit.gates import MambaGate
 from vllm_effplugin.techniques.early_exit.loop import ExitLoop
 from vllm_effplugin.techniques.layer_parallel.layer import (
@@ -141,12 +141,16 @@ class PlannedTrunk(nn.Module):
             if point.adapter == "block":
                 assert factory is not None
                 own = factory.another(name)
-            exit = Exit(point, early_exit, hidden_size, own)
-            if isinstance(exit.gate, MambaGate):
-                like = cached_part(self.layers[0])
-                exit.gate.states = StatePages(exit.gate, like, f"{name}.gate", vllm_config)
-            exits.append(exit)
+            exits.append(Exit(point, early_exit, hidden_size, own))
         self.exits = nn.ModuleList(exits)
+        gates = [exit.gate for exit in exits if isinstance(exit.gate, MambaGate)]
+        pages = None
+        if gates:
+            name, like = f"{prefix}.exits.0.gates", cached_part(self.layers[0])
+            pages = StatePages(gates, like, name, vllm_config)
+            for number, gate in enumerate(gates):
+                gate.states = pages.part(number)
+        self.gates = AllGates(exits, pages)
         blocks = (exit.block for exit in exits)
         for layer in (*self.layers, *(block for block in blocks if block is not None)):
             remember_batches(cached_part(layer))

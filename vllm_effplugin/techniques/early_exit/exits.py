@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_effplugin.techniques.early_exit.config import NEVER, EarlyExitConfig, ExitPoint
-from vllm_effplugin.techniques.early_exit.gates import new_gate
+from vllm_effplugin.techniques.early_exit.gates import MambaGate, MambaGates, new_gate
 
 
 class LinearAdapter(nn.Module):
@@ -117,6 +118,47 @@ def tail_of_segment(exit: Exit, tensors: Sequence[Tensor]) -> Tail:
         others[0] if exit.finishes_in_graph else None,
         others[-1] if exit.gate is not None else None,
     )
+
+
+class AllGates(nn.Module):
+    """The trained gates of all exits, for the graph that has all exits in it.
+
+    Args:
+        exits: of the model, those without trained gates included.
+        pages: that hold the states of gates which have some.
+    """
+
+    def __init__(self, exits: Sequence[Exit], pages: Any = None) -> None:
+        super().__init__()
+        # Not registered once more.
+        self._gates = tuple(exit.gate for exit in exits if exit.gate is not None)
+        with_states = [gate for gate in self._gates if isinstance(gate, MambaGate)]
+        self.merged: MambaGates | None = None
+        if len(with_states) > 1:
+            self.merged = MambaGates(with_states)
+            self.merged.states = pages.part(0, len(with_states))
+
+    def prepare(self) -> None:
+        """The gates' weights are loaded."""
+        if self.merged is not None:
+            self.merged.prepare()
+
+    def forward(self, hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits, `[E, T]`, and each gate's largest, `[E]`; nothing where there are no gates.
+
+        Args:
+            hidden: what each gate reads, `[T, d]`.
+        """
+        if not self._gates:
+            return ()
+        pairs = list(zip(self._gates, hidden, strict=True))
+        if self.merged is None:
+            return together([gate(states) for gate, states in pairs])
+        read = [states for gate, states in pairs if isinstance(gate, MambaGate)]
+        merged = iter(self.merged(read).unbind())
+        return together(
+            [next(merged) if isinstance(gate, MambaGate) else gate(h) for gate, h in pairs]
+        )
 
 
 def together(gates: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,13 +1,13 @@
 """Gates: the confidence, as a logit, that a token's prediction would not change any more.
 
 Shapes: `T` tokens, `B` sequences, `S` positions, `d` hidden size, `w` channels of a gate, `C`
-channels of its convolution, `H` heads of its mixer.
+channels of its convolution, `H` heads of its mixer; `E` gates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class MambaGate(nn.Module):
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
         self.shape = shape = gate_shape(width)
-        self._sizes = [shape.inner, shape.channels + shape.heads]
+        self._sizes = [shape.inner, shape.channels, shape.heads]
         wide = {"dtype": torch.float32}
         self.reduce = nn.Linear(hidden_size, width, **wide)
         self.project = nn.Linear(width, sum(self._sizes), bias=False, **wide)
@@ -92,7 +92,7 @@ class MambaGate(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives `dt`
         self.norm_weight = nn.Parameter(torch.ones(shape.inner, **wide))
         self.logit = nn.Linear(width + shape.inner, 1, **wide)
-        self.states: Callable[[Tensor], Tensor] | None = None
+        self.states: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def bias(self) -> nn.Parameter:
@@ -105,8 +105,8 @@ class MambaGate(nn.Module):
         `states` has to be set: it advances the states of the batch's requests.
         """
         assert self.states is not None
-        reduced, gate, driven = self._driven(hidden)
-        return self._logit(reduced, gate, self.states(driven))
+        reduced, gate, mixed, dt = self._driven(hidden)
+        return self._logit(reduced, gate, self.states(mixed, dt))
 
     def of_sequences(self, hidden: Tensor, starts: Tensor | None = None) -> Tensor:
         """`[B, S]` logits for `[B, S, d]` hidden states of whole sequences.
@@ -114,23 +114,68 @@ class MambaGate(nn.Module):
         Args:
             starts: `[B, S]`, where a document starts, and with it a state of zeros.
         """
-        reduced, gate, driven = self._driven(hidden)
-        mixed, dt = driven.split([self.shape.channels, self.shape.heads], -1)
+        reduced, gate, mixed, dt = self._driven(hidden)
         mixed = functional.silu(causal_conv(mixed, self.conv_weight, self.conv_bias, starts))
         x, b, c = split_mixed(self.shape, mixed)
         dt = functional.softplus(dt + self.dt_bias)
         y = scan(x, dt, -self.log_a.exp(), b, c, starts) + x * self.D[:, None]
         return self._logit(reduced, gate, y.flatten(-2))
 
-    def _driven(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`u`, `z`, and what drives the state: `m` and `dt`, `[..., C + H]`."""
+    def _driven(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """`u`, `z`, and what drives the state: `m` `[..., C]` and `dt` `[..., H]`."""
         reduced = self.reduce(_unit(hidden))
-        gate, driven = self.project(reduced).split(self._sizes, -1)
-        return reduced, gate, driven
+        return reduced, *self.project(reduced).split(self._sizes, -1)
 
     def _logit(self, reduced: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         y = gated_norm(y, gate, self.norm_weight, EPSILON)
         return _dot(torch.cat([reduced, y], -1), self.logit)
+
+
+class MambaGates(nn.Module):
+    """Several of them at once, in half as many calls: for one token, those are what they cost.
+
+    Args:
+        gates: of one width.
+    """
+
+    def __init__(self, gates: Sequence[MambaGate]) -> None:
+        super().__init__()
+        self._gates = tuple(gates)
+        self.shape = gates[0].shape
+        self.states: Callable[[Tensor, Tensor], Tensor] | None = None
+        for name, value in self._stacked().items():
+            self.register_buffer(name, torch.empty_like(value), persistent=False)
+
+    def _stacked(self) -> dict[str, Tensor]:
+        """Their parameters, the gates along the first dimension."""
+        ones = [[gate.reduce, gate.project, gate.logit, gate.norm_weight] for gate in self._gates]
+        reduce, project, logit, norm = zip(*ones, strict=True)
+        return {
+            "reduce": torch.stack([layer.weight.detach().T for layer in reduce]),
+            "reduce_bias": torch.stack([layer.bias.detach()[None] for layer in reduce]),
+            "project": torch.stack([layer.weight.detach().T for layer in project]),
+            "norm_weight": torch.stack([weight.detach()[None] for weight in norm]),
+            "logit": torch.stack([layer.weight.detach() for layer in logit]),
+            "logit_bias": torch.stack([layer.bias.detach() for layer in logit]),
+        }
+
+    def prepare(self) -> None:
+        """The gates' weights are loaded."""
+        for name, value in self._stacked().items():
+            getattr(self, name).copy_(value)
+
+    def forward(self, hidden: Sequence[Tensor]) -> Tensor:
+        """`[E, T]` logits for the gates' `[T, d]` hidden states."""
+        assert self.states is not None
+        shape, count = self.shape, len(hidden)
+        states = torch.stack([_unit(each) for each in hidden])
+        reduced = torch.baddbmm(self.reduce_bias, states, self.reduce)
+        projected = torch.bmm(reduced, self.project)
+        gate, mixed, dt = projected.split([shape.inner, shape.channels, shape.heads], -1)
+        y = self.states(*(part.transpose(0, 1).flatten(1) for part in (mixed, dt)))
+        y = y.unflatten(1, (count, shape.inner)).transpose(0, 1)
+        y = gated_norm(y, gate, self.norm_weight, EPSILON)
+        return (torch.cat([reduced, y], -1) * self.logit).sum(-1) + self.logit_bias
 
 
 def _dot(hidden: Tensor, layer: Any) -> Tensor:

@@ -46,7 +46,7 @@ from vllm_effplugin.techniques.early_exit.cache_fill import PendingFills, open_f
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
 from vllm_effplugin.techniques.early_exit.draft import DraftRun, Drafts
-from vllm_effplugin.techniques.early_exit.exits import Exit, Tail, together
+from vllm_effplugin.techniques.early_exit.exits import Exit, Tail
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
 from vllm_effplugin.techniques.early_exit.measure import (
     CUTTING_ROWS,
@@ -98,7 +98,7 @@ def _whole(
     hidden = trunk.embed(input_ids, inputs_embeds)
     residual: Tensor | None = None
     exits: list[Tensor] = []
-    gates: list[Tensor] = []
+    gated: list[Tensor] = []
     for unit in self.units:
         hidden, residual = run_units((unit,), trunk.layers, positions, hidden, residual)
         exit = self.exit_behind[0].get(unit.layers[-1])
@@ -109,8 +109,8 @@ def _whole(
                 own = exit.block(positions, *apart(hidden, residual))
                 exits.append(trunk.norm(*own)[0])
             if exit.gate is not None:
-                gates.append(exit.gate(state))
-    return trunk.norm(hidden, residual)[0], *together(gates), *exits
+                gated.append(state)
+    return trunk.norm(hidden, residual)[0], *trunk.gates(gated), *exits
 
 
 class ExitLoop(TrunkLoop):
@@ -186,6 +186,7 @@ class ExitLoop(TrunkLoop):
         self.waiting_slots = torch.zeros(places, dtype=torch.int64)
 
     def weights_loaded(self) -> None:
+        self.trunk.gates.prepare()
         if self.fill is not None:
             self.fill.prepare()
         if self.skipped is not None:

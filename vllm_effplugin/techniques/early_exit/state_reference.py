@@ -32,21 +32,27 @@ class MixerTrace:
         state = torch.zeros(shape.heads, shape.head_size, shape.state)
         self._behind = [(window, state)]  # behind no token, behind one, ...
 
-    def take(self, start: int, driven: Tensor) -> Tensor:
-        """Tokens from a position on, whatever was there before: `[S, C + H]` -> `[S, H * P]`."""
+    def take(self, start: int, mixed: Tensor, dt: Tensor) -> Tensor:
+        """Tokens from a position on, whatever was there before.
+
+        Args:
+            mixed, dt: `[S, C]` and `[S, H]`.
+
+        Returns:
+            `[S, H * P]`.
+        """
         del self._behind[start + 1 :]
         assert len(self._behind) == start + 1, "a position was left out"
-        return torch.stack([self._step(token) for token in driven])
+        return torch.stack(list(map(self._step, mixed, dt)))
 
     def skip(self, position: int) -> None:
         """A token that leaves the state as it is."""
         del self._behind[position + 1 :]
         self._behind.append(self._behind[position])
 
-    def _step(self, driven: Tensor) -> Tensor:
+    def _step(self, mixed: Tensor, dt: Tensor) -> Tensor:
         mixer, shape = self._mixer, self._shape
         window, state = self._behind[-1]
-        mixed, dt = driven.split([shape.channels, shape.heads])
         window = torch.cat([window, mixed[None]])
         mixed = (window * mixer.conv_weight.T).sum(0)
         if mixer.conv_bias is not None:

@@ -48,14 +48,14 @@ class StateSpaceSequence(ReferenceSequence):
             if self._config.cache == "freeze":
                 trace.skip(position)
             else:
-                trace.take(position, _driven(layer, hidden[0])[1])
+                trace.take(position, *_driven(layer, hidden[0])[1:])
 
     def _run(self, hidden: Tensor, first: int, last: int, start: int) -> tuple[Tensor, Tensor]:
         for index in range(first, last):
             layer = self._layers[index]
             mixer = layer.mixer
-            gate, driven = _driven(layer, hidden[0])
-            y = self._traces[index].take(start, driven)
+            gate, mixed, dt = _driven(layer, hidden[0])
+            y = self._traces[index].take(start, mixed, dt)
             weight, epsilon = mixer.norm.weight, mixer.norm.variance_epsilon
             y = gated_norm(y, gate, weight, epsilon, shape_of(mixer).groups)
             hidden = hidden + mixer.out_proj(y)
@@ -63,12 +63,11 @@ class StateSpaceSequence(ReferenceSequence):
         return hidden, hidden
 
 
-def _driven(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's gate, and what drives its state, from `[S, d]` hidden states."""
+def _driven(layer: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """A layer's gate, and what drives its state in two parts, from `[S, d]` hidden states."""
     shape = shape_of(layer.mixer)
     projected: Tensor = layer.mixer.in_proj(layer.norm(hidden))
-    gate, driven = projected.split([shape.inner, shape.channels + shape.heads], -1)
-    return gate, driven
+    return projected.split([shape.inner, shape.channels, shape.heads], -1)
 
 
 @torch.no_grad()

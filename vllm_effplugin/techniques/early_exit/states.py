@@ -77,7 +77,8 @@ class SkippedStates:
             sources = pages_at(step, rows[enters], positions[enters] - 1)
             targets = pages_at(step, rows[enters], positions[enters])
             for gate in self._gates[exit]:
-                gate.pages.index_copy_(0, targets, gate.pages[sources])
+                for states in state_tensors(gate):
+                    states.index_copy_(0, targets, states[sources])
         if self._update is not None:
             self._update(exit, step, rows, positions, hidden)
 
