@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, int]] = {
     "16m": {"hidden_size": 256, "num_hidden_layers": 8, "num_heads": 8, "state_size": 64},
     "170m": {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24, "state_size": 128},
 }
-"""`16m` is for two CPU cores and an hour and a quarter, `170m` for a GPU."""
+"""`16m` is for two CPU cores and an hour, `170m` for a GPU."""
 
 
 class Settings(WindowTrainerSettings):
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, help="text for the perplexity")
     parser.add_argument("--held-out-tokens", type=int, default=65536)
     parser.add_argument("--generated-tokens", type=int, default=524288)
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="to train on, all passes")
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="to train on, all passes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     build_smollm2(arguments.teacher)

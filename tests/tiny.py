@@ -18,6 +18,13 @@ LAYERS = 12
 CLASSES = 3
 VOCAB = 256
 
+PRELOADED = [
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core_client",
+    "vllm.v1.worker.cpu_worker",
+    "vllm_effplugin.models.families",
+]
+
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 128,
@@ -138,10 +145,25 @@ def isolated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Compiled engines need it, because Dynamo's caches outlive them, and so does what leaves a mark
     on the process (numba, whose modules vLLM 0.32 stumbles over when a second engine starts).
+
+    Forked from a process that has imported vLLM and done nothing else: the import takes longer than
+    many a test.
     """
-    context = multiprocessing.get_context("spawn")
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(function, *args, **kwargs).result()
+        return pool.submit(_in_environment, dict(os.environ), function, args, kwargs).result()
+
+
+def _in_environment(
+    environment: dict[str, str], function: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """The server's environment is that of its start, which may be long ago."""
+    os.environ.clear()
+    os.environ.update(environment)
+    return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
