@@ -341,10 +341,11 @@ def ask(llm: Any, requests: list[list[int]], *asked: dict[str, Any], **fields: A
 @pytest.mark.parametrize(
     ("exits", "policy", "compaction"),
     [
-        ([*SOME[:1], *SOFTMAX], "recompute", "always"),
-        (WITH_BLOCKS, "propagate", "auto"),
+        (SOME, "recompute", "always"),
+        (SOFTMAX, "recompute", "auto"),
+        (WITH_BLOCKS, "propagate", "always"),
     ],
-    ids=["recompute", "blocks-propagate"],
+    ids=["recompute", "softmax-auto", "blocks-propagate"],
 )
 def test_two_ranks(tiny, tmp_path, exits, policy, compaction):
     """Both ranks take the first one's decisions; what they are is worked out apart."""
