@@ -20,13 +20,13 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from early_exit import prepare
 from harness import CACHE, describe_run
 from layer_parallel import build_smollm2
 from rich.box import MARKDOWN
@@ -79,11 +79,8 @@ class Answers:
 def prepared(model: Path, gate: str, cache: str) -> Path:
     """The checkpoint with trained exits; made unless it is there."""
     out = CACHE / "benchmarks" / f"{model.name}-dynamax-{gate}"
-    if not (out / "config.json").exists():
-        command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "early-exit"]
-        command += [str(model), str(out), "--gate", gate, "--cache", cache, "--keep-exits"]
-        command += ["--batches", "8", "--held-out-tokens", "16384"]
-        subprocess.run(command, check=True)
+    options = ("--gate", gate, "--cache", cache, "--batches", "8", "--held-out-tokens", "16384")
+    prepare(model, out, *options, "--keep-exits")
     return out
 
 

@@ -192,12 +192,15 @@ def trained(smollm2: Path, agreement: str) -> Path:
 
 def prepare_trained(smollm2: Path, agreement: str) -> None:
     """Make the checkpoint with trained exits, unless it is there."""
-    out = trained(smollm2, agreement)
+    tokens = ("--text-tokens", "40960", "--held-out-tokens", "24576")
+    prepare(smollm2, trained(smollm2, agreement), "--min-agreement", agreement, *tokens)
+
+
+def prepare(model: Path, out: Path, *options: str) -> None:
+    """Run `effplugin prepare early-exit`, unless its checkpoint is there."""
     if not (out / "config.json").exists():
         command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "early-exit"]
-        command += [str(smollm2), str(out), "--min-agreement", agreement]
-        command += ["--text-tokens", "40960", "--held-out-tokens", "24576"]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, str(model), str(out), *options], check=True)
 
 
 if __name__ == "__main__":
