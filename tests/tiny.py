@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import multiprocessing
@@ -189,6 +190,7 @@ def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
     # was ever imported: most of the time that a tiny engine takes. What is there stays out of it.
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)
     small: dict[str, Any] = {}
     if torch.cuda.is_available():
         small = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 2**28}

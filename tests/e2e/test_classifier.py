@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,32 @@ from tests.e2e.server import serving, shown
 from tests.engine.test_joint_exit import JOINT, checkpoint
 from tests.tiny import BERT, VOCAB, add_tokenizer, engine, make_checkpoint, make_classifier
 from vllm_effplugin.config.checkpoint import check_checkpoint, read_model_config
+from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.preparation.labelled import Columns
+from vllm_effplugin.techniques.joint_exit import evaluate as evaluating
 from vllm_effplugin.techniques.joint_exit import prepare as preparing
 from vllm_effplugin.techniques.joint_exit.evaluate import evaluate_classifier
 from vllm_effplugin.techniques.joint_exit.prepare import ClassifyRequest, Outcome, prepare
 from vllm_effplugin.techniques.joint_exit.request import exit_pooling_params
+from vllm_effplugin.techniques.multiplex import prepare as preparing_multiplex
 
 LAYERS = 6
 """Of models that `prepare` compiles."""
+
+
+def measure_eagerly(monkeypatch):
+    """`prepare` and `eval` measure without compiling: a minute less for each engine."""
+
+    def run_eagerly(function, *arguments):
+        return run_with_engine(partial(function, enforce_eager=True), *arguments)
+
+    for module in (preparing, preparing_multiplex, evaluating):
+        monkeypatch.setattr(module, "run_with_engine", run_eagerly)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    measure_eagerly(monkeypatch)
 
 
 def test_classify_and_pooling_over_http(tmp_path):
@@ -148,7 +167,7 @@ def accuracy(probabilities: list[list[float]], labelled: list[dict[str, Any]]) -
     return sum(right) / len(right)
 
 
-def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monkeypatch):
+def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, eager, caplog, monkeypatch):
     """One set of states, every method; each is what it says when vLLM serves it."""
     base = make_checkpoint(tmp_path / "base", num_hidden_layers=LAYERS)
     add_tokenizer(base)
@@ -233,7 +252,7 @@ def test_from_a_language_model_to_a_classifier_with_exits(tmp_path, caplog, monk
         assert accuracy(early, fresh) == pytest.approx(expected, abs=0.08)
 
 
-def test_what_is_stored_in_fp32_is_captured_as_bf16_gives_it_too(tmp_path):
+def test_what_is_stored_in_fp32_is_captured_as_bf16_gives_it_too(tmp_path, eager):
     """vLLM serves it in fp16, a user perhaps in bf16: heads learn from both."""
     base = make_checkpoint(tmp_path / "base", num_hidden_layers=LAYERS)
     add_tokenizer(base)
@@ -248,8 +267,10 @@ def test_what_is_stored_in_fp32_is_captured_as_bf16_gives_it_too(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
-def test_a_classifier_keeps_its_head(tmp_path, family):
+def test_a_classifier_keeps_its_head(tmp_path, monkeypatch, family):
     """Exits beside a head that somebody has trained; labels are the model's."""
+    if family == "Bert":
+        measure_eagerly(monkeypatch)
     base = make_classifier(
         tmp_path / "base",
         family,
@@ -266,7 +287,7 @@ def test_a_classifier_keeps_its_head(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
-def test_lora_teaches_the_backbone(tmp_path, family):
+def test_lora_teaches_the_backbone(tmp_path, eager, family):
     """Early layers learn what random ones do not show; the stock classifier has them, too."""
     if family == "Bert":
         import transformers

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.e2e.server import serving, shown
-from tests.e2e.test_classifier import LAYERS, data
+from tests.e2e.test_classifier import LAYERS, data, measure_eagerly
 from tests.engine.test_joint_exit import JOINT, tensors
 from tests.engine.test_multiplex import trained
 from tests.tiny import BERT, add_tokenizer, make_checkpoint, make_classifier
@@ -92,8 +92,9 @@ def made(base: Path, out: Path, train: str, work: Path, **changes: Any) -> Outco
     return prepare(base, out, request, work_dir=work, keep=True, console=Console(quiet=True))
 
 
-def test_prepare(tmp_path: Path) -> None:
+def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a model without a head to a checkpoint with figures and a plot; then without a gain."""
+    measure_eagerly(monkeypatch)
     base = make_checkpoint(tmp_path / "base", num_hidden_layers=LAYERS)
     add_tokenizer(base)
     train = data(tmp_path / "train.jsonl", 600)

@@ -69,16 +69,6 @@ def test_random_schedules_of_a_state_space_model(tiny, policy):
     follow_random_schedules(replay, tiny("Mamba2"), "Mamba2", block, 20)
 
 
-def test_callers_decide(tiny):
-    """In one batch: the checkpoint's threshold, exits off, another threshold, a least depth."""
-    block = {"exits": SOME, "cache": "recompute"}
-    asked = [{}, {"exit": False}, {"exit_threshold": 0.0}, {"exit_min_layer": 4}]
-    with exiting(tiny("Mamba2"), "Mamba2", block=block, **ROOMY) as (llm, trace):
-        ask(llm, prompts()[:4], *asked)
-        fired = [{exit for _, _, exit in events} for events in trace.take()]
-    assert fired == [{-1, 0, 1}, {-1}, {-1, 0}, {-1, 1}]
-
-
 @pytest.mark.parametrize("policy", ["freeze", "state-only"])
 def test_costs_of_a_state_space_model(tiny, policy):
     """Measured with states of the rows' own, which kernels skip where there is none."""

@@ -59,7 +59,7 @@ def evaluate_classifier(checkpoint: Path, source: str, columns: Columns) -> dict
     labelled = examples(rows, settings, classes_of(config), "--data")
     length = min(settings.max_length, config.get("max_position_embeddings") or settings.max_length)
     sequences = tokenized(load_tokenizer(checkpoint), labelled.texts, length)
-    found = run_with_engine(_evaluate, str(checkpoint), sequences, labelled.labels.tolist(), length)
+    found = run_with_engine(measure, str(checkpoint), sequences, labelled.labels.tolist(), length)
     table = Table(box=SIMPLE_HEAD, title=f"{len(labelled)} texts")
     for name in ("figure", "value"):
         table.add_column(name)
@@ -77,10 +77,17 @@ def _prepared_with(checkpoint: Path, source: str) -> DataSettings:
     return DataSettings.model_validate(settings)
 
 
-def _evaluate(
-    model: str, sequences: list[list[int]], labels: list[int], max_length: int
+def measure(
+    model: str, sequences: list[list[int]], labels: list[int], max_length: int, **options: Any
 ) -> dict[str, float]:
-    llm = open_classifier(model, max_length)
+    """What the table shows, by name.
+
+    Args:
+        sequences, labels: token ids, and the class of each.
+        max_length: of a sequence.
+        options: further ones of `vllm.LLM`.
+    """
+    llm = open_classifier(model, max_length, **options)
     prompts = [{"prompt_token_ids": ids} for ids in sequences]
     found = figures(llm, prompts, np.array(labels))  # and warm
     speeds = [

@@ -41,6 +41,7 @@ def measure(
     sequences: Sequence[list[int]],
     points: Sequence[tuple[str, str]],
     max_length: int,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Classify the sequences under each operating point, and with the full model first.
 
@@ -49,11 +50,12 @@ def measure(
         sequences: token ids.
         points: the exits as JSON and the file of their tensors, to set in turn.
         max_length: of a sequence.
+        options: further ones of `vllm.LLM`.
 
     Returns:
         a `Speed` as JSON for the full model and for each point.
     """
-    llm = open_classifier(model, max_length)
+    llm = open_classifier(model, max_length, **options)
     prompts = [{"prompt_token_ids": sequence} for sequence in sequences]
     seconds: list[list[float]] = [[] for _ in range(len(points) + 1)]
     classes: list[list[int]] = [[] for _ in seconds]
@@ -78,11 +80,12 @@ def measure(
     ]
 
 
-def open_classifier(model: str, max_length: int) -> Any:
+def open_classifier(model: str, max_length: int, **options: Any) -> Any:
     """A `vllm.LLM` that classifies token ids, again and again.
 
     Args:
         max_length: of a sequence.
+        options: further ones of `vllm.LLM`.
     """
     from vllm import LLM
 
@@ -92,6 +95,7 @@ def open_classifier(model: str, max_length: int) -> Any:
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,
+        **options,
     )
 
 

@@ -36,7 +36,11 @@ class Speed(BaseModel):
 
 
 def measure(
-    model: str, sequences: Sequence[list[int]], sizes: Sequence[int], max_length: int
+    model: str,
+    sequences: Sequence[list[int]],
+    sizes: Sequence[int],
+    max_length: int,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Classify the sequences alone, and in groups of each size.
 
@@ -44,11 +48,12 @@ def measure(
         model: a checkpoint that merges groups of these sizes.
         sequences: token ids.
         max_length: of a sequence.
+        options: further ones of `vllm.LLM`.
 
     Returns:
         a `Speed` as JSON for running alone (its ratio is 1) and for each size.
     """
-    llm = open_classifier(model, max_length)
+    llm = open_classifier(model, max_length, **options)
     prompts = [{"prompt_token_ids": sequence} for sequence in sequences]
     seconds: list[list[float]] = [[] for _ in range(len(sizes) + 1)]
     with tqdm(total=(ROUNDS + 1) * len(seconds), desc="measuring", leave=False) as bar:
