@@ -187,9 +187,12 @@ def test_shadow_mode_changes_nothing(tiny, tmp_path, family, policy):
     replay = Replay(tiny(family), block)
     checkpoint = replay.write(tiny(family), tmp_path / "exits")
     with exiting(checkpoint, family, block=block, **ROOMY) as (llm, trace):
+        states = States(trace)
         plain = generate(llm, prompts())
-        for as_one in (False, True):
+        expected = dict(states.pages)
+        for nth, as_one in enumerate((False, True), start=1):
             trace.take()
+            states.pages.clear()
             trace.loop.shadow = 1.0
             if as_one:
                 trace.loop.preference.segments = lambda tokens: False
@@ -198,6 +201,10 @@ def test_shadow_mode_changes_nothing(tiny, tmp_path, family, policy):
             for (tokens, logits), (other, other_logits) in zip(plain, watched, strict=True):
                 assert tokens == other
                 assert (logits - other_logits).abs().max() <= TOLERANCE
+            assert len(expected) > 10
+            for (request, last, gate), kept in expected.items():
+                watched_state = states.pages[request + nth * len(prompts()), last, gate]
+                assert (kept - watched_state).abs().max() <= 1e-4
 
 
 def test_two_ranks(tiny, tmp_path):

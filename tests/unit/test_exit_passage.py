@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 
 from vllm_effplugin.techniques.early_exit.costs import Column, Costs, Preference
+from vllm_effplugin.techniques.early_exit.exits import together
 from vllm_effplugin.techniques.early_exit.ledger import Ledger
 from vllm_effplugin.techniques.early_exit.passage import STAYS, Batch, Passage, Wishes
 
@@ -54,3 +58,12 @@ def test_rows_are_asked_once_and_where_they_want() -> None:
     decoding = wishes.of(np.array([True, False, True, True]))
     assert decoding.rows.tolist() == [True, False, True, False]
     assert decoding.still_asked(1, np.full(4, STAYS), everyone).tolist() == [0]
+
+
+def test_the_largest_logit_leaves_out_what_is_no_number() -> None:
+    """Of a padded token, for example: it must hide no token that fires."""
+    logits = [torch.tensor([0.5, math.nan, 2.0]), torch.tensor([math.nan, -3.0, -4.0])]
+    stacked, largest = together(logits)
+    assert stacked.shape == (2, 3)
+    assert largest.tolist() == [2.0, -3.0]
+    assert together([]) == ()
