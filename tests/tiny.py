@@ -168,6 +168,22 @@ def _in_environment(
     return function(*args, **kwargs)
 
 
+atexit.register(gc.unfreeze)
+
+
+@contextlib.contextmanager
+def _own_garbage_only() -> Iterator[None]:
+    """Keep what exists by now out of garbage collections, for good.
+
+    vLLM collects eight times while an engine starts and ends, each time over all that was ever
+    imported: most of the time that a tiny engine takes.
+    """
+    gc.collect()
+    gc.freeze()
+    with mock.patch.object(gc, "freeze"), mock.patch.object(gc, "unfreeze"):
+        yield
+
+
 @contextlib.contextmanager
 def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
     """A real vLLM engine: in this process, or over the `mp` executor for `tp` > 1.
@@ -186,18 +202,12 @@ def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     llm = None
-    # vLLM collects garbage eight times while an engine starts and ends, each time over all that
-    # was ever imported: most of the time that a tiny engine takes. What is there stays out of it.
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.unfreeze)
     small: dict[str, Any] = {}
     if torch.cuda.is_available():
         small = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 2**28}
-    settled = [mock.patch.object(gc, name) for name in ("freeze", "unfreeze")]
+    settled = contextlib.ExitStack()
+    settled.enter_context(_own_garbage_only())
     try:
-        for patch in settled:
-            patch.start()
         llm = LLM(
             model=str(model),
             **{
@@ -220,8 +230,7 @@ def engine(model: Path, *, tp: int = 1, **options: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-        for patch in settled:
-            patch.stop()
+        settled.close()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
