@@ -57,6 +57,12 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
             {"kv_transfer_config": CONNECTOR},
             "--kv-transfer-config",
         ),
+        (
+            PAIRS,
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "--decode-context-parallel-size 2",
+        ),
+        (PAIRS, {"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 2"),
         (TRIPLES, {"tensor_parallel_size": 2}, r"--tensor-parallel-size 2.*\[2, 3, 4\].*fused"),
         (PAIRS, {"tensor_parallel_size": 4}, r"--tensor-parallel-size 4.*\[2, 3\]"),
         ({"layer_parallel": {"groups": [[11, 12]]}}, {}, r"\[11, 12\] is outside the model"),
@@ -64,6 +70,11 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
         ({"layer_parallel": {"groups": [[2, 3]], "bypass": 2}}, {}, "bypass"),
         ({"layer_parallel": {"groups": [[2, 3]], "trained": True}}, {}, "is missing"),
         (EXITS, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        (
+            EXITS,
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "--decode-context-parallel-size 2",
+        ),
         (EXITS, {"enable_lora": True}, "--enable-lora.*early exit"),
         (EXITS, {"quantization": "fp8"}, "quantization 'fp8'.*early exit"),
         (EXITS, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*early exit"),
@@ -173,6 +184,11 @@ def classifier(tmp_path_factory):
     ("family", "options", "named"),
     [
         ("Llama", {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        (
+            "Llama",
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "--decode-context-parallel-size 2",
+        ),
         ("Llama", {"enable_lora": True}, "--enable-lora.*`joint_exit`"),
         ("Llama", {"quantization": "fp8"}, "quantization 'fp8'.*`joint_exit`"),
         ("Llama", {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*`joint_exit`"),

@@ -45,6 +45,12 @@ def anywhere(vllm_config: VllmConfig, plan: Plan) -> None:
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size} is not supported with an "
             "efficient checkpoint: use --tensor-parallel-size, or serve the base model"
         )
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, option)) > 1:
+            raise UnsupportedError(
+                f"--{option.replace('_', '-')} {size} is not supported with an efficient "
+                "checkpoint, whose layers keep all of a sequence on each rank: leave it at 1"
+            )
     if parallel.distributed_executor_backend == "ray" and not current_platform.ray_device_key:
         raise UnsupportedError(
             "--distributed-executor-backend ray is not supported by vLLM on its "
@@ -75,11 +81,6 @@ def with_groups(vllm_config: VllmConfig, plan: Plan) -> None:
         raise UnsupportedError(
             "--enable-lora is not supported with layer-parallel groups: merge the adapter into "
             "the checkpoint before `effplugin prepare`, or remove `layer_parallel`"
-        )
-    if parallel.decode_context_parallel_size > 1:
-        raise UnsupportedError(
-            "--decode-context-parallel-size is not supported with layer-parallel groups: leave "
-            "it at 1"
         )
     if vllm_config.kv_transfer_config is not None:
         raise UnsupportedError(
