@@ -45,8 +45,10 @@ def test_waiting_tokens_catch_up_where_leaving_does_not_pay() -> None:
 
 
 def test_rows_are_asked_once_and_where_they_want() -> None:
-    wishes = Wishes(np.array([[0.5, 0.5], [np.inf, 0.5], [0.5, np.inf], [np.inf, np.inf]]))
+    wishes = Wishes(np.array([[0.5, 0.5], [np.inf, 0.4], [0.6, np.inf], [np.inf, np.inf]]))
     assert wishes.count == 3
+    # What decides whether a step has to look at each row is the one that is content with least.
+    assert wishes.lowest == [0.5, 0.4]
     fired = np.full(4, STAYS)
     everyone = Batch(SLOTS, ONES, ONES)
     assert wishes.still_asked(0, fired, everyone).tolist() == [0, 2]
