@@ -157,6 +157,20 @@ def test_a_gate_with_a_state_learns_what_the_token_before_said(tiny):
     assert right["mlp"][0] < 0.8
 
 
+def test_gates_do_not_learn_the_text_by_heart(tiny):
+    """Where the hidden states say nothing, the best gate says nothing either."""
+    torch.manual_seed(0)
+    features = as_features(torch.randn(2, 60, 50, 128))
+    noise = torch.rand(2, 3000) > 0.5
+    verdicts = [Verdicts(row, row, torch.zeros(3000)) for row in noise]
+    exits = make_exits("mlp")
+    settings = TrainSettings(gate_epochs=30, gate_rate=1e-2, batch=256)
+    Trainer(load_model(tiny()), settings).fit_gates(exits, features, verdicts)
+    fresh = as_features(torch.randn(2, 60, 50, 128))
+    said = confidence(exits[0], fresh.exits[0], fresh.starts, verdicts[0])
+    assert (said - 0.5).abs().mean() < 0.1
+
+
 def test_softmax_gates_are_their_own_confidence():
     verdict = Verdicts(torch.ones(3), torch.ones(3), torch.tensor([0.1, 0.5, 0.9]))
     [exit, _] = make_exits("softmax")

@@ -10,6 +10,7 @@ Shapes: `M` sequences, `S` positions, `N` = `M * S` tokens, `d` hidden size, `V`
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,12 @@ RIDGE = 1e-3
 
 HEAD_CHUNK = 512
 """Tokens whose `[chunk, V]` logits exist at a time."""
+
+GATE_CHUNK = 8192
+"""Tokens that gates judge at a time."""
+
+APART = 10
+"""One in so many of the sequences is kept apart, to tell which pass left a gate at its best."""
 
 
 class TrainSettings(BaseModel):
@@ -192,6 +199,9 @@ class Trainer:
     ) -> list[float]:
         """Train all gates together; the loss of exit `i` weighs `i + 1`.
 
+        Each gate ends as it was after the pass that served it best on sequences kept apart: one
+        that goes by the tokens before has learnt the text by heart after a few.
+
         Args:
             exits: those without a trained gate are left out; changed in place.
             features: their states at the exits.
@@ -218,26 +228,38 @@ class Trainer:
         hidden = features.exits.unflatten(2, (-1, size)).flatten(1, 2)  # [E, N / size, size, d]
         starts = features.starts.view(-1, size)
 
-        def loss(rows: Tensor) -> Tensor:
-            total = torch.zeros((), device=self._device)
-            for (i, exit), weight in zip(trained, weights.tolist(), strict=True):
+        def each_loss(rows: Tensor) -> Iterator[Tensor]:
+            for i, exit in trained:
                 assert exit.gate is not None
                 logits = exit.gate.of_sequences(hidden[i][rows].to(self._device), starts[rows])
                 target = verdicts[i].target.view(-1, size)[rows].to(self._device).float()
-                total += weight * nn.functional.binary_cross_entropy_with_logits(logits, target)
-            return total
+                yield nn.functional.binary_cross_entropy_with_logits(logits, target)
+
+        def loss(rows: Tensor) -> Tensor:
+            return sum(  # type: ignore[return-value]
+                weight * one for weight, one in zip(weights.tolist(), each_loss(rows), strict=True)
+            )
+
+        length = features.final.shape[1] // size
+        apart = hidden.shape[1] // length // APART * length
+        count = hidden.shape[1] - apart
+        best = _Best([exit.gate for _, exit in trained if exit.gate is not None])
+
+        def look() -> None:
+            rows = torch.arange(count, count + apart).split(max(1, GATE_CHUNK // size))
+            with torch.inference_mode():
+                best.see([sum(map(float, each)) for each in zip(*map(each_loss, rows), strict=True)])
 
         settings = self._settings
         optimizer = torch.optim.AdamW(parameters, lr=settings.gate_rate, weight_decay=1e-2)
-        count = hidden.shape[1]
         batch = min(max(1, settings.batch // size), count)
-        steps = settings.gate_epochs * (count // batch)
-        losses = self._descend(optimizer, loss, count, batch, steps, "gates")
-        per_epoch = max(1, len(losses) // settings.gate_epochs)
-        return [
-            sum(losses[i : i + per_epoch]) / len(losses[i : i + per_epoch])
-            for i in range(0, len(losses), per_epoch)
-        ]
+        per_epoch = count // batch
+        steps = settings.gate_epochs * per_epoch
+        losses = self._descend(
+            optimizer, loss, count, batch, steps, "gates", look if apart else None
+        )
+        best.take()
+        return [sum(losses[i : i + per_epoch]) / per_epoch for i in range(0, steps, per_epoch)]
 
     def _descend(
         self,
@@ -247,8 +269,13 @@ class Trainer:
         batch: int,
         steps: int,
         label: str,
+        on_pass: Callable[[], None] | None = None,
     ) -> list[float]:
-        """Minimise the `loss` of `batch` of `count` row indices; the loss of each step."""
+        """Minimise the `loss` of `batch` of `count` row indices; the loss of each step.
+
+        Args:
+            on_pass: called after each pass over the rows.
+        """
         losses: list[float] = []
         rates = [group["lr"] for group in optimizer.param_groups]
         batches = tqdm(self._batches(count, batch, steps), total=steps, desc=label, leave=False)
@@ -260,6 +287,8 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(value.detach()))
+            if on_pass is not None and (step + 1) % (count // batch) == 0:
+                on_pass()
         return losses
 
     def _batches(self, count: int, size: int, steps: int) -> Iterator[Tensor]:
@@ -272,6 +301,32 @@ class Trainer:
                 generator = torch.Generator().manual_seed(self._settings.seed + turn)
                 order = torch.randperm(count, generator=generator)
             yield order[place * size : (place + 1) * size]
+
+
+class _Best:
+    """Each gate's parameters where its loss was least.
+
+    Args:
+        gates: that are being trained.
+    """
+
+    def __init__(self, gates: Sequence[nn.Module]) -> None:
+        self._gates = gates
+        self._least = [math.inf] * len(gates)
+        self._kept: list[dict[str, Tensor]] = [{} for _ in gates]
+
+    def see(self, losses: Sequence[float]) -> None:
+        """Keep those gates that are better than before."""
+        for place, (gate, loss) in enumerate(zip(self._gates, losses, strict=True)):
+            if loss < self._least[place]:
+                self._least[place] = loss
+                self._kept[place] = copy.deepcopy(gate.state_dict())
+
+    def take(self) -> None:
+        """Give every gate what was kept of it."""
+        for gate, kept in zip(self._gates, self._kept, strict=True):
+            if kept:
+                gate.load_state_dict(kept)
 
 
 def new_block(model: Any) -> nn.Module:
