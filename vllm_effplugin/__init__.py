@@ -22,6 +22,13 @@ def register() -> None:
     register_models()
 
 
+def endpoints() -> object:
+    """Entry point of `vllm.endpoint_plugins`, which loads where `VLLM_PLUGINS` names it."""
+    from vllm_effplugin.engine.endpoint import Endpoints
+
+    return Endpoints()
+
+
 def classify_io_processor() -> str:
     """Entry point of `vllm.io_processor_plugins`: where its class is."""
     return "vllm_effplugin.engine.io_processor.ClassifyProcessor"

@@ -55,7 +55,7 @@ class FakeEngine:
         self.temperatures: list[float] = []
         self.names: list[tuple[str, str]] = []
 
-    def open(self, name: str, salt: str, turn: int) -> FakeStream:
+    def open(self, name: str, salt: str) -> FakeStream:
         self.open_streams += 1
         assert self.open_streams <= self.most_streams
         self.names.append((name, salt))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.config import POLICIES, EarlyExitConfig
+from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
 from vllm_effplugin.techniques.joint_exit.config import JointExitConfig
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.multiplex.config import MultiplexConfig
@@ -49,6 +50,9 @@ class EfficiencyConfig(BaseModel):
     multiplex: MultiplexConfig | None = Field(
         None, description="Sequences that a classifier merges (RevMUX)."
     )
+    edge_cloud: CloudConfig | None = Field(
+        None, description="The part of a split model that this is (CE-CoLLM)."
+    )
     split_after: tuple[int, ...] = Field(
         (),
         description="Compile the stack in segments that end after these layers. Computes the "
@@ -82,6 +86,13 @@ class EfficiencyConfig(BaseModel):
         if self.multiplex is not None:
             self.multiplex.check_depth(num_layers)
             self._check_composition(self.multiplex)
+        if self.edge_cloud is not None:
+            for other in ("early_exit", "layer_parallel", "joint_exit", "multiplex"):
+                if getattr(self, other) is not None:
+                    raise ConfigError(
+                        f"efficiency.edge_cloud of role `cloud` and efficiency.{other} are not "
+                        "supported together: leave one of them out"
+                    )
         for section in ("joint_exit", "multiplex"):
             for other in ("early_exit", "layer_parallel", "split_after"):
                 if getattr(self, section) is not None and getattr(self, other):
@@ -101,6 +112,14 @@ class EfficiencyConfig(BaseModel):
         """
         state_space = architecture in (*STATE_SPACE_MODELS, *STATE_SPACE_MODELS.values())
         kind = "state-space" if state_space else "attention"
+        if self.edge_cloud is not None and architecture not in (
+            *LANGUAGE_MODELS,
+            *LANGUAGE_MODELS.values(),
+        ):
+            raise ConfigError(
+                f"efficiency.edge_cloud is not supported on {architecture}: only language models "
+                "with attention are split"
+            )
         if state_space and self.layer_parallel is not None:
             raise ConfigError(
                 f"efficiency.layer_parallel is not supported on {architecture}, whose layers have "

@@ -14,6 +14,7 @@ from vllm_effplugin.engine import refusals
 from vllm_effplugin.engine.metrics import COLLECTOR, Reporter
 from vllm_effplugin.engine.sequence_totals import sequence_reporter
 from vllm_effplugin.engine.settings import (
+    CLOUD_PARAMS,
     EXIT_PARAMS,
     EXIT_PARAMS_V2,
     IO_PROCESSOR,
@@ -73,7 +74,15 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
                     [point.depth for point in efficiency.early_exit.exits], len(plan.unit_of)
                 ),
             )
-            _check_parameters(vllm_config)
+            params = VERIFYING_EXIT_PARAMS if verifies(vllm_config) else EXIT_PARAMS
+            _check_parameters(
+                vllm_config, EXIT_PARAMS_V2 if vllm_config.use_v2_model_runner else params
+            )
+        if efficiency.edge_cloud is not None:
+            refusals.with_streamed_states(vllm_config)
+            vllm_config.model_config.enable_prompt_embeds = True
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+            _check_parameters(vllm_config, CLOUD_PARAMS)
         if plan.has_sequences:
             refusals.with_sequences(vllm_config)
             _bring_loop(vllm_config, sequence_reporter(efficiency, len(plan.unit_of)))
@@ -114,11 +123,8 @@ def _watch(vllm_config: VllmConfig, reporter: Reporter, part: str) -> None:
     )
 
 
-def _check_parameters(vllm_config: VllmConfig) -> None:
-    """Have requests' parameters checked where they arrive."""
+def _check_parameters(vllm_config: VllmConfig, params: str) -> None:
+    """Have requests' parameters checked by a class where they arrive."""
     processors = vllm_config.model_config.logits_processors or []
-    params = VERIFYING_EXIT_PARAMS if verifies(vllm_config) else EXIT_PARAMS
-    if vllm_config.use_v2_model_runner:
-        params = EXIT_PARAMS_V2
     if params not in processors:
         vllm_config.model_config.logits_processors = [*processors, params]

@@ -13,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 
-from vllm_effplugin.engine.settings import VERIFY
+from vllm_effplugin.engine.settings import STATES, VERIFY
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.request import parse_exit_request
 
@@ -58,6 +58,18 @@ class ExitParamsV1(V1LogitsProcessor):
 
     def update_state(self, batch_update: Any) -> None:
         pass
+
+
+class CloudParamsV1(ExitParamsV1):
+    """The cloud of a split model takes hidden states from its own route, and nothing else."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        if not isinstance((sampling_params.extra_args or {}).get(STATES), bytes):
+            raise VLLMValidationError(
+                "this is the upper part of a split model, which reads hidden states and no text: "
+                "ask its edge"
+            )
 
 
 class VerifyingExitParamsV1(ExitParamsV1):

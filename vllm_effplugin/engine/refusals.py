@@ -188,6 +188,41 @@ def with_skipped_states(vllm_config: VllmConfig) -> None:
         )
 
 
+def with_streamed_states(vllm_config: VllmConfig) -> None:
+    """What the cloud of a split model does not support."""
+    model = vllm_config.model_config
+    if vllm_config.use_v2_model_runner:
+        raise UnsupportedError(
+            "vLLM's model runner V2 is not supported with `edge_cloud` yet, where no session of "
+            "hidden states has run: set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if model.runner_type == "pooling":
+        raise UnsupportedError(
+            "--runner pooling is not supported with `edge_cloud`, which is for generation: leave "
+            "it at `auto`"
+        )
+    if vllm_config.lora_config is not None:
+        raise UnsupportedError(
+            "--enable-lora is not supported with `edge_cloud`: merge the adapter into the "
+            "checkpoint before `effplugin prepare edge-cloud`"
+        )
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedError(
+            "--speculative-config is not supported with `edge_cloud`, where each token is asked "
+            "for by itself: leave it off"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise UnsupportedError(
+            "--kv-transfer-config is not supported with `edge_cloud`, whose sessions have no "
+            "tokens to find cache entries by: leave it off"
+        )
+    if vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
+        raise UnsupportedError(
+            "--scheduler-cls is not supported with `edge_cloud`, which needs one of its own: "
+            "leave it off"
+        )
+
+
 def with_sequences(vllm_config: VllmConfig) -> None:
     """What a classifier with exits, or one that merges sequences, does not support."""
     model = vllm_config.model_config

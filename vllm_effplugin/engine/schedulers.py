@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_effplugin.engine.counters import publish_for
-from vllm_effplugin.engine.settings import efficiency_of
+from vllm_effplugin.engine.settings import STATES, efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
 from vllm_effplugin.techniques.joint_exit import request as exit_request
 from vllm_effplugin.techniques.multiplex import request as mux_request
@@ -69,6 +70,48 @@ class _SaltedRequests:
             mux_request.engine_request(extra).tenant(multiplex) is not None
         )
         return f"incomplete:{request.request_id}" if leaves or merges else None
+
+
+class _StreamedStates(_SaltedRequests):
+    """Sessions whose input is hidden states, a few positions at a time: the cloud's.
+
+    vLLM's streaming input carries tokens only. So the states come as an extra argument, and are put
+    here where a prompt's embeddings are (patches/README.md, "embeddings in streaming input").
+    """
+
+    def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, **kwargs)
+        self._width = vllm_config.model_config.get_hidden_size()
+        self._arrived: dict[str, deque[torch.Tensor]] = {}
+
+    def add_request(self, request: Request) -> None:
+        params = request.sampling_params
+        # The last call of a session has none, and ends it.
+        if request.resumable and params is not None:
+            raw = (params.extra_args or {}).pop(STATES, b"")
+            states = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(-1, self._width)
+            if request.request_id in self.requests:  # type: ignore[attr-defined]
+                self._arrived[request.request_id].append(states)
+            else:
+                self._arrived[request.request_id] = deque()
+                request.prompt_embeds, request.prompt_token_ids = states, None
+                request.block_hashes.clear()
+                request.update_block_hashes()
+        super().add_request(request)
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        states = self._arrived[session.request_id].popleft()
+        assert session.prompt_embeds is not None
+        session.prompt_embeds = torch.cat([session.prompt_embeds, states])
+        # A prompt of embeddings has no ids; the ones that vLLM counts positions by are put up for
+        # it.
+        session.prompt_token_ids = [0] * session.num_prompt_tokens
+        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        session.prompt_token_ids = None
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._arrived.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
 
 class _MergingRequests(_SaltedRequests):
@@ -195,6 +238,14 @@ class _SaltedAsyncScheduler(_SaltedRequests, AsyncScheduler):
     pass
 
 
+class _StreamedStatesScheduler(_StreamedStates, Scheduler):
+    pass
+
+
+class _StreamedStatesAsyncScheduler(_StreamedStates, AsyncScheduler):
+    pass
+
+
 class _MergingScheduler(_MergingRequests, Scheduler):
     pass
 
@@ -210,7 +261,10 @@ def effplugin_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """
     asynchronous = vllm_config.scheduler_config.async_scheduling
     cls: type[Scheduler]
-    if efficiency_of(vllm_config.model_config.hf_config).multiplex is not None:
+    efficiency = efficiency_of(vllm_config.model_config.hf_config)
+    if efficiency.edge_cloud is not None:
+        cls = _StreamedStatesAsyncScheduler if asynchronous else _StreamedStatesScheduler
+    elif efficiency.multiplex is not None:
         cls = _MergingAsyncScheduler if asynchronous else _MergingScheduler
     else:
         cls = _SaltedAsyncScheduler if asynchronous else _SaltedScheduler

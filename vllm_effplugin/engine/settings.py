@@ -18,6 +18,10 @@ WORKERS = {
     "cpu": "vllm_effplugin.engine.cpu_worker.EffpluginCPUWorker",
     "cuda": "vllm_effplugin.engine.worker.EffpluginWorker",
 }
+CLOUD_PARAMS = "vllm_effplugin.engine.params:CloudParamsV1"
+STATES = "effplugin_states"
+"""Extra argument that carries hidden states, fp32 as bytes, to the cloud of a split model."""
+
 IO_PROCESSOR = "effplugin"
 """Our name in the group `vllm.io_processor_plugins`."""
 

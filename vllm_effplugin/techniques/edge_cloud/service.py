@@ -67,13 +67,12 @@ class Engine(Protocol):
     most_blocks: int
     block_size: int
 
-    def open(self, name: str, salt: str, turn: int) -> Stream:
+    def open(self, name: str, salt: str) -> Stream:
         """A request without any position yet.
 
         Args:
             name: unique.
             salt: requests of one salt may share what they have in common.
-            turn: of the session; the same for all its requests.
         """
         ...
 
@@ -224,9 +223,8 @@ class CloudService:
             await self._stop(context, part)
         self._make_room(context, position + 1)
         if part.stream is None:
-            turn = int.from_bytes(context.session[:4], "little")
             name = f"edge-cloud-{context.session.hex()}-{time.monotonic_ns()}"
-            part.stream = self.engine.open(name, context.owner.hex(), turn)
+            part.stream = self.engine.open(name, context.owner.hex())
             self._streams += 1
         try:
             return await part.stream.next(self.contexts.take(context, position), sampling)
