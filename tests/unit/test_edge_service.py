@@ -29,9 +29,13 @@ class FakeStream:
     """Checks that positions come in order, each once; a token is 1000 * first + last position."""
 
     def __init__(self, engine: FakeEngine) -> None:
-        self.engine, self.seen, self.closed = engine, 0, False
+        self.engine, self.seen, self.begun, self.closed = engine, 0, False, False
 
     async def next(self, states: np.ndarray, sampling: Sampling) -> int:
+        if not self.begun:
+            self.begun = True
+            self.engine.open_streams += 1
+            assert self.engine.open_streams <= self.engine.most_streams
         await asyncio.sleep(0)
         if self.engine.breaks:
             raise RuntimeError("out of order")
@@ -43,8 +47,9 @@ class FakeStream:
         return 1000 * first + self.seen - 1
 
     async def close(self) -> None:
+        await asyncio.sleep(0)
         self.closed = True
-        self.engine.open_streams -= 1
+        self.engine.open_streams -= self.begun
 
 
 class FakeEngine:
@@ -56,8 +61,6 @@ class FakeEngine:
         self.names: list[tuple[str, str]] = []
 
     def open(self, name: str, salt: str) -> FakeStream:
-        self.open_streams += 1
-        assert self.open_streams <= self.most_streams
         self.names.append((name, salt))
         return FakeStream(self)
 

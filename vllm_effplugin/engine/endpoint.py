@@ -1,7 +1,7 @@
 """Routes of the API server: the cloud of a split model.
 
-Loaded where `VLLM_PLUGINS` names `effplugin`, which is vLLM's rule for plugins that add routes. They
-lie under `/v1`, so that `--api-key` guards them.
+Loaded where `VLLM_PLUGINS` names `effplugin`, which is vLLM's rule for plugins that add routes.
+They lie under `/v1`, so that `--api-key` guards them.
 """
 
 from __future__ import annotations

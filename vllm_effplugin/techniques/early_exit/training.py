@@ -236,7 +236,7 @@ class Trainer:
                 yield nn.functional.binary_cross_entropy_with_logits(logits, target)
 
         def loss(rows: Tensor) -> Tensor:
-            return sum(  # type: ignore[return-value]
+            return sum(
                 weight * one for weight, one in zip(weights.tolist(), each_loss(rows), strict=True)
             )
 
@@ -248,7 +248,9 @@ class Trainer:
         def look() -> None:
             rows = torch.arange(count, count + apart).split(max(1, GATE_CHUNK // size))
             with torch.inference_mode():
-                best.see([sum(map(float, each)) for each in zip(*map(each_loss, rows), strict=True)])
+                best.see(
+                    [sum(map(float, each)) for each in zip(*map(each_loss, rows), strict=True)]
+                )
 
         settings = self._settings
         optimizer = torch.optim.AdamW(parameters, lr=settings.gate_rate, weight_decay=1e-2)

@@ -101,6 +101,7 @@ class CloudService:
         self.tokens = 0
         self._parts: dict[Context, _Part] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing: set[asyncio.Task[Any]] = set()
         self._streams = 0
 
     async def tidy_for_ever(self) -> None:
@@ -162,9 +163,7 @@ class CloudService:
         if context is None:
             return None
         if frame.kind is Kind.APPEND:
-            self.contexts.append(
-                context, frame.position, frame.states(self.engine.hidden_size)
-            )
+            self.contexts.append(context, frame.position, frame.states(self.engine.hidden_size))
             self._part(context).arrived.set()
         elif frame.kind is Kind.CLOSE:
             self.contexts.close(context)
@@ -227,6 +226,8 @@ class CloudService:
             part.stream = self.engine.open(name, context.owner.hex())
             self._streams += 1
         try:
+            if self._closing:  # what made room may still be in the engine
+                await asyncio.wait(set(self._closing))
             return await part.stream.next(self.contexts.take(context, position), sampling)
         except BaseException:
             await self._stop(context, part)
@@ -261,7 +262,9 @@ class CloudService:
         part = self._parts.pop(context, None)
         if part is not None and part.stream is not None:
             self._streams -= 1
-            self._spawn(part.stream.close())
+            task = self._spawn(part.stream.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     async def _stop(self, context: Context, part: _Part) -> None:
         context.computed = 0

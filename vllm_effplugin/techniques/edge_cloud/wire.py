@@ -75,6 +75,9 @@ class Encoding(IntEnum):
         return {Encoding.NONE: 0, Encoding.FP32: 4 * numbers, Encoding.FP16: 2 * numbers}[self]
 
 
+_KINDS, _ENCODINGS = frozenset(map(int, Kind)), frozenset(map(int, Encoding))
+
+
 @dataclass(frozen=True)
 class Frame:
     """One frame.
@@ -206,9 +209,9 @@ class FrameReader:
             raise WireError("not a frame of edge and cloud")
         if version != VERSION:
             raise WireError(f"version {version} of the wire format, not {VERSION}")
-        if kind not in Kind:
+        if kind not in _KINDS:
             raise WireError(f"unknown kind of frame {kind}")
-        if encoding not in Encoding or zero:
+        if encoding not in _ENCODINGS or zero:
             raise WireError(f"unknown encoding {encoding}")
         if length > self._most:
             raise WireError(f"a payload of {length} bytes; at most {self._most} are allowed")

@@ -1,0 +1,187 @@
+"""The cloud of a split model on vLLM's engine: its tokens are the whole model's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import LAYERS, VOCAB, isolated, make_checkpoint
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.config.checkpoint import write_checkpoint
+from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
+from vllm_effplugin.techniques.edge_cloud.service import CloudService
+from vllm_effplugin.techniques.edge_cloud.split import model_name, write_layers
+from vllm_effplugin.techniques.edge_cloud.wire import (
+    Encoding,
+    Frame,
+    Kind,
+    append_frame,
+    json_frame,
+)
+
+PARTITION = 5
+TOKENS = 12
+OWNER = bytes(32)
+Talk = Callable[[CloudService, "Whole"], Coroutine[Any, Any, None]]
+
+
+class Whole:
+    """The unsplit model in plain PyTorch."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def run(self, ids: list[int]) -> tuple[np.ndarray, int]:
+        """Hidden states at the partition, `[n, d]`, and the next token."""
+        found = self.model(torch.tensor([ids]), output_hidden_states=True)
+        return found.hidden_states[PARTITION][0].numpy(), int(found.logits[0, -1].argmax())
+
+
+def split(folder: Path, family: str) -> tuple[Path, Path]:
+    """A model, and its cloud."""
+    whole, upper = make_checkpoint(folder / "whole", family), folder / "upper"
+    upper.mkdir()
+    write_layers(whole, upper, PARTITION, LAYERS)
+    config = CloudConfig(model=model_name(whole), partition=PARTITION)
+    efficiency = EfficiencyConfig(edge_cloud=config)
+    write_checkpoint(upper, folder / "cloud", efficiency, provenance={}, copy=True)
+    return whole, folder / "cloud"
+
+
+@asynccontextmanager
+async def serving(cloud: Path, **options: Any) -> AsyncIterator[CloudService]:
+    """The cloud's service over an engine of its own."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_effplugin.config.checkpoint import read_efficiency
+    from vllm_effplugin.engine.endpoint import _Engine
+
+    settings = {
+        "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True,
+        "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26, "block_size": 16,
+        **options,
+    }  # fmt: skip
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(cloud), **settings))
+    try:
+        config = read_efficiency(cloud).edge_cloud
+        assert config is not None
+        yield CloudService(config, _Engine(engine))
+    finally:
+        engine.shutdown()
+
+
+async def say(service: CloudService, *frames: Frame) -> list[Frame]:
+    return [frame async for frame in service.exchange(OWNER, frames)]
+
+
+async def converse(service: CloudService, whole: Whole, seed: int, often: float) -> None:
+    """A client that asks for a share of its tokens, and knows the others itself."""
+    luck, session = random.Random(seed), bytes([seed + 1]) * 16
+    ids = [luck.randrange(3, VOCAB) for _ in range(luck.randrange(4, 90))]
+    frames = [json_frame(Kind.OPEN, session, {"model": service.config.model})]
+    sent = 0
+    for _ in range(TOKENS):
+        states, token = whole.run(ids)
+        while sent < len(ids):  # in pieces, at times the same twice
+            end = min(len(ids), sent + luck.randrange(1, 50))
+            piece = append_frame(session, sent, states[sent:end], Encoding.FP32)
+            frames += [piece] * luck.choice((1, 1, 2))
+            sent = end
+        if luck.random() < often:
+            [_, answer] = await say(
+                service, *frames, json_frame(Kind.ASK, session, {}, len(ids) - 1)
+            )
+            assert answer.kind is Kind.TOKEN, answer
+            assert answer.token()[0] == token
+            frames = []
+        ids.append(token)
+    await say(service, *frames, Frame(Kind.CLOSE, session))
+
+
+def run(folder: Path, family: str, talk: Talk, options: dict[str, Any]) -> None:
+    whole, cloud = split(folder, family)
+
+    async def main() -> None:
+        async with serving(cloud, **options) as service:
+            await talk(service, Whole(whole))
+
+    asyncio.run(main())
+
+
+async def many(service: CloudService, whole: Whole) -> None:
+    sessions = range(6)
+    await asyncio.gather(*(converse(service, whole, n, (1, 0.4)[n % 2]) for n in sessions))
+    totals = service.contexts.totals
+    assert totals.received >= totals.computed > 300
+    assert totals.recomputed == 0
+    assert totals.repeated > 0
+    assert (totals.opened, totals.closed) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {}),
+        ("Qwen3", {"max_num_batched_tokens": 16}),  # prompts in chunks
+        ("Llama", {"async_scheduling": True}),
+    ],
+)
+def test_tokens_are_the_whole_models(tmp_path, family, options):
+    isolated(run, tmp_path, family, many, options)
+
+
+async def crowded(service: CloudService, whole: Whole) -> None:
+    service.engine.most_streams = 3
+    for _ in range(2):
+        for n in range(5):
+            await converse_a_little(service, whole, n)
+    totals = service.contexts.totals
+    assert totals.evicted >= 5
+    assert totals.recomputed > 0
+    assert service.contexts.live <= 3
+
+
+async def converse_a_little(service: CloudService, whole: Whole, seed: int) -> None:
+    """A question of a session that stays open; the second time it goes on with the first."""
+    luck, session = random.Random(seed), bytes([seed + 1]) * 16
+    ids = [luck.randrange(3, VOCAB) for _ in range(40)]
+    held = service.contexts.find(OWNER, session)
+    start, end = (0, 25) if held is None else (25, 40)
+    states, token = whole.run(ids[:end])
+    [_, answer] = await say(
+        service,
+        json_frame(Kind.OPEN, session, {"model": service.config.model}),
+        append_frame(session, start, states[start:], Encoding.FP32),
+        json_frame(Kind.ASK, session, {}, end - 1),
+    )
+    assert answer.token()[0] == token
+
+
+def test_sessions_that_lost_their_cache_are_computed_again(tmp_path):
+    isolated(run, tmp_path, "Llama", crowded, {})
+
+
+async def refused(service: CloudService, whole: Whole) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    client: Any = service.engine._client  # type: ignore[attr-defined]
+    with pytest.raises(VLLMValidationError, match="upper part of a split model"):
+        async for _ in client.generate({"prompt_token_ids": [3, 4]}, SamplingParams(), "text"):
+            pass
+    await converse(service, whole, 0, 1.0)
+
+
+def test_text_is_refused(tmp_path):
+    isolated(run, tmp_path, "Llama", refused, {})

@@ -1,0 +1,108 @@
+"""A model's layers in two checkpoints.
+
+Both keep the embedding and the head: the edge reads tokens and has to say something by itself, and
+the cloud says what comes next; where the two are tied, the cloud has the one for the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vllm_effplugin.config.checkpoint import PROVENANCE, base_tensors, read_model_config
+from vllm_effplugin.errors import ConfigError
+
+SHARD_BYTES = 4 << 30
+_LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
+
+
+def model_name(model: Path) -> str:
+    """Names a checkpoint's weights: two are the same model exactly if these are the same."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{read_model_config(model)['architectures'][0]}-{digest.hexdigest()[:24]}"
+
+
+def check_partition(model: Path, partition: int) -> int:
+    """Check that a model can be split behind so many layers; how many it has.
+
+    Raises:
+        ConfigError: naming what is wrong.
+        CheckpointError: no model at `model`.
+    """
+    config = read_model_config(model)
+    layers = int(config["num_hidden_layers"])
+    if not 1 <= partition < layers:
+        raise ConfigError(
+            f"--partition {partition} is not inside the model, which has {layers} layers"
+        )
+    return layers
+
+
+def write_layers(model: Path, out: Path, first: int, end: int) -> None:
+    """Write layers `[first, end)` of a model as a stock checkpoint.
+
+    Args:
+        model: the whole model's directory.
+        out: an existing, empty directory.
+    """
+    config = read_model_config(model)
+    config["num_hidden_layers"] = end - first
+    for name, value in config.items():
+        if name == "layer_types" and isinstance(value, list):
+            config[name] = value[first:end]
+    wanted = {name: new for name in base_tensors(model) if (new := _renamed(name, first, end))}
+    index: dict[str, str] = {}
+    shard: dict[str, Any] = {}
+    size = shards = 0
+
+    def close() -> None:
+        nonlocal shard, size, shards
+        shards += 1
+        file = f"model-{shards:05d}.safetensors"
+        save_file(shard, out / file, {"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+        shard, size = {}, 0
+
+    total = 0
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name not in wanted:
+                    continue
+                tensor = file.get_tensor(name)
+                bytes_ = tensor.numel() * tensor.element_size()
+                if shard and size + bytes_ > SHARD_BYTES:
+                    close()
+                shard[wanted[name]] = tensor
+                size, total = size + bytes_, total + bytes_
+    close()
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n",
+        encoding="utf-8",
+    )
+    for source in model.iterdir():
+        skipped = source.name in ("config.json", PROVENANCE) or source.name.endswith(
+            (".safetensors", ".safetensors.index.json")
+        )
+        if source.is_file() and not skipped:
+            shutil.copy2(source, out / source.name)
+
+
+def _renamed(name: str, first: int, end: int) -> str | None:
+    """A tensor's name in the part with layers `[first, end)`; None where it is not in it."""
+    found = _LAYER.match(name)
+    if found is None:
+        return name
+    layer = int(found[2])
+    return f"{found[1]}{layer - first}{found[3]}" if first <= layer < end else None
