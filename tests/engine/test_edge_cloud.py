@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -69,7 +70,7 @@ async def serving(cloud: Path, **options: Any) -> AsyncIterator[CloudService]:
 
     settings = {
         "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True,
-        "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26, "block_size": 16,
+        "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26, "block_size": 32,
         **options,
     }  # fmt: skip
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(cloud), **settings))
@@ -112,6 +113,9 @@ async def converse(service: CloudService, whole: Whole, seed: int, often: float)
 def run(folder: Path, family: str, talk: Talk, options: dict[str, Any]) -> None:
     whole, cloud = split(folder, family)
 
+    # Nothing runs here yet that a fork could harm, and all is imported.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
     async def main() -> None:
         async with serving(cloud, **options) as service:
             await talk(service, Whole(whole))
@@ -123,32 +127,39 @@ async def many(service: CloudService, whole: Whole) -> None:
     sessions = range(6)
     await asyncio.gather(*(converse(service, whole, n, (1, 0.4)[n % 2]) for n in sessions))
     totals = service.contexts.totals
-    assert totals.received >= totals.computed > 300
+    assert totals.received >= totals.computed > 200
     assert totals.recomputed == 0
     assert totals.repeated > 0
     assert (totals.opened, totals.closed) == (6, 6)
+
+
+async def everything(service: CloudService, whole: Whole) -> None:
+    """Engines take longer to start than all of this."""
+    await many(service, whole)
+    await refused(service, whole)
+    await crowded(service, whole)
 
 
 @pytest.mark.parametrize(
     ("family", "options"),
     [
         ("Llama", {}),
-        ("Qwen3", {"max_num_batched_tokens": 16}),  # prompts in chunks
-        ("Llama", {"async_scheduling": True}),
+        ("Qwen3", {"max_num_batched_tokens": 32, "async_scheduling": True}),  # prompts in chunks
     ],
 )
 def test_tokens_are_the_whole_models(tmp_path, family, options):
-    isolated(run, tmp_path, family, many, options)
+    isolated(run, tmp_path, family, everything, options)
 
 
 async def crowded(service: CloudService, whole: Whole) -> None:
+    """Sessions that lost their cache are computed again."""
     service.engine.most_streams = 3
     for _ in range(2):
         for n in range(5):
             await converse_a_little(service, whole, n)
     totals = service.contexts.totals
     assert totals.evicted >= 5
-    assert totals.recomputed > 0
+    assert totals.recomputed >= 50
     assert service.contexts.live <= 3
 
 
@@ -168,11 +179,8 @@ async def converse_a_little(service: CloudService, whole: Whole, seed: int) -> N
     assert answer.token()[0] == token
 
 
-def test_sessions_that_lost_their_cache_are_computed_again(tmp_path):
-    isolated(run, tmp_path, "Llama", crowded, {})
-
-
 async def refused(service: CloudService, whole: Whole) -> None:
+    """Text is nothing that upper layers can read; other requests go on."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
@@ -180,8 +188,4 @@ async def refused(service: CloudService, whole: Whole) -> None:
     with pytest.raises(VLLMValidationError, match="upper part of a split model"):
         async for _ in client.generate({"prompt_token_ids": [3, 4]}, SamplingParams(), "text"):
             pass
-    await converse(service, whole, 0, 1.0)
-
-
-def test_text_is_refused(tmp_path):
-    isolated(run, tmp_path, "Llama", refused, {})
+    await converse(service, whole, 6, 1.0)
