@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -112,9 +111,6 @@ async def converse(service: CloudService, whole: Whole, seed: int, often: float)
 
 def run(folder: Path, family: str, talk: Talk, options: dict[str, Any]) -> None:
     whole, cloud = split(folder, family)
-
-    # Nothing runs here yet that a fork could harm, and all is imported.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     async def main() -> None:
         async with serving(cloud, **options) as service:

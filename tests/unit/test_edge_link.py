@@ -1,0 +1,285 @@
+"""The link against a real HTTP server, whose engine is none; and against servers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from tests.unit.test_edge_service import SIZE, FakeEngine, make
+from vllm_effplugin.engine.endpoint import router
+from vllm_effplugin.techniques.edge_cloud.link import Link, LinkSettings, Outcome
+from vllm_effplugin.techniques.edge_cloud.service import CloudService
+
+PATIENCE = 10.0
+
+
+class Server:
+    """An ASGI application on a port of its own, which can go and come back."""
+
+    def __init__(self, app: Any) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = found.getsockname()[1]
+        self.app = app
+        self.start()
+
+    def start(self) -> None:
+        config = uvicorn.Config(self.app, port=self.port, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        until(lambda: self._server.started)
+
+    def stop(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(timeout=10)
+
+
+def cloud(**limits: Any) -> FastAPI:
+    app = FastAPI()
+    app.include_router(router)
+    app.state.effplugin_cloud = made = make(**limits)
+
+    @app.get("/forget")
+    async def forget() -> None:
+        for context in list(made.contexts._all.values()):
+            made.contexts.close(context)
+
+    return app
+
+
+def service(server: Server) -> CloudService:
+    found: CloudService = server.app.state.effplugin_cloud
+    return found
+
+
+def until(holds: Callable[[], Any]) -> None:
+    limit = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < limit, "it took too long"
+        time.sleep(0.005)
+
+
+@contextmanager
+def linked(server: Server, wait: bool = True, **changes: Any) -> Iterator[Link]:
+    settings = {
+        "url": f"http://127.0.0.1:{server.port}", "model": "m", "hidden_size": SIZE,
+        "encoding": "fp32", "deadline_s": 5.0, **changes,
+    }  # fmt: skip
+    link = Link(LinkSettings.model_validate(settings))
+    try:
+        if wait:
+            until(lambda: link.up)
+        yield link
+    finally:
+        link.stop()
+        server.stop()
+
+
+def upload(link: Link, first: int, end: int, request: str = "r") -> None:
+    rows = np.arange(first, end, dtype=np.float32)[:, None].repeat(SIZE, 1)
+    link.add(request, first, rows)
+    link.flush()
+
+
+def question(link: Link, position: int, request: str = "r", **sampling: Any) -> None:
+    link.ask(request, position, sampling)
+    link.flush()
+
+
+def outcomes(link: Link, count: int = 1) -> list[Outcome]:
+    found: list[Outcome] = []
+    until(lambda: found.extend(link.poll()) or len(found) >= count)
+    assert len(found) == count
+    return found
+
+
+def answer(link: Link, position: int, **sampling: Any) -> Outcome:
+    question(link, position, **sampling)
+    [found] = outcomes(link)
+    assert (found.request, found.position) == ("r", position)
+    return found
+
+
+def test_tokens_arrive_and_positions_go_up_once() -> None:
+    with linked(server := Server(cloud())) as link:
+        upload(link, 0, 20)
+        found = answer(link, 19, temperature=0.5)
+        assert (found.token, found.reason) == (19, "cloud")
+        assert 0 < found.computed <= found.waited < PATIENCE
+        for position in range(20, 25):
+            upload(link, position, position + 1)
+        assert answer(link, 24).token == 20024
+        link.close("r")
+        link.flush()
+        until(lambda: service(server).contexts.totals.closed == 1)
+        assert (link.totals.uploaded, link.totals.repeated) == (25, 0)
+        totals = service(server).contexts.totals
+        assert (totals.received, totals.repeated, totals.computed) == (25, 0, 25)
+        engine: Any = service(server).engine
+        assert engine.temperatures == [0.5, 0.0]
+
+
+def test_many_requests_share_messages() -> None:
+    with linked(server := Server(cloud())) as link:
+        service(server).engine.most_streams = service(server).engine.most_blocks = 1000
+        names = [f"r{n}" for n in range(40)]
+        for name in names:
+            upload(link, 0, 5, name)
+        until(lambda: link.totals.uploaded == 200)
+        before = link.totals.exchanges
+        assert before < 15
+        for name in names:
+            link.ask(name, 4, {})
+        link.flush()
+        found = outcomes(link, 40)
+        assert {each.request for each in found} == set(names)
+        assert all(each.token == 4 for each in found)
+        assert link.totals.exchanges == before + 1
+
+
+def test_a_cloud_that_starts_afresh_is_told_everything_again() -> None:
+    with linked(server := Server(cloud())) as link:
+        upload(link, 0, 6)
+        assert answer(link, 5).token == 5
+        server.stop()
+        upload(link, 6, 7)
+        found = answer(link, 6)  # who was about to be asked is gone
+        assert (found.token, found.reason) == (None, "link")
+        until(lambda: not link.up)
+        question(link, 6)
+        assert outcomes(link)[0].waited < 0.2  # nobody waits for who is known to be gone
+        server.app = cloud()
+        server.start()
+        began = time.monotonic()
+        until(lambda: link.up)
+        assert time.monotonic() - began < 2.0
+        upload(link, 7, 8)
+        assert answer(link, 7).token == 7
+        assert service(server).contexts.totals.received == 8
+
+
+def test_a_cloud_that_forgot_a_session_is_told_again() -> None:
+    with linked(server := Server(cloud())) as link:
+        upload(link, 0, 6)
+        assert answer(link, 5).token == 5
+        assert httpx.get(f"http://127.0.0.1:{server.port}/forget").status_code == 200
+        upload(link, 6, 7)
+        found = answer(link, 6, temperature=0.25)
+        assert (found.token, found.reason) == (6, "cloud")
+        engine: Any = service(server).engine
+        assert engine.temperatures == [0.0, 0.25]
+
+
+def test_a_link_that_was_cut_goes_on_where_it_was() -> None:
+    """The cloud still has the session: nothing goes up twice."""
+    with linked(server := Server(cloud())) as link:
+        upload(link, 0, 6)
+        assert answer(link, 5).token == 5
+        server.stop()
+        upload(link, 6, 7)
+        assert answer(link, 6).reason == "link"
+        server.start()
+        until(lambda: link.up)
+        upload(link, 7, 8)
+        assert answer(link, 7).token == 6007
+        totals = service(server).contexts.totals
+        assert (totals.received, totals.repeated, totals.recomputed) == (8, 0, 0)
+
+
+def test_slow_answers_are_not_waited_for_and_not_given_late() -> None:
+    class Slow(FakeEngine):
+        seconds = 0.5
+
+        def open(self, *args: Any) -> Any:
+            stream = super().open(*args)
+            run = stream.next
+
+            async def next(*given: Any) -> int:
+                await asyncio.sleep(self.seconds)
+                return await run(*given)
+
+            stream.next = next
+            return stream
+
+    app = cloud()
+    app.state.effplugin_cloud.engine = slow = Slow()
+    with linked(Server(app), deadline_s=0.2) as link:
+        upload(link, 0, 6)
+        found = answer(link, 5)
+        assert (found.token, found.reason) == (None, "deadline")
+        assert 0.2 <= found.waited < 0.45
+        slow.seconds = 0.0
+        until(lambda: slow.ran == 6)
+        upload(link, 6, 7)
+        assert answer(link, 6).token == 6006  # not the answer to the other question
+        assert not list(link.poll())
+
+
+def test_what_the_cloud_says_is_the_reason() -> None:
+    with linked(Server(cloud(sequence=10))) as link:
+        upload(link, 0, 20)
+        assert answer(link, 19).reason in ("too_long", "frame")
+        assert link.up
+    with linked(server := Server(cloud())) as link:
+        service(server).engine.most_streams = 0
+        upload(link, 0, 5)
+        assert answer(link, 4).reason == "full"
+        assert link.up
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"model": "n"}, "the cloud of 'm', this is an edge of 'n'"), ({"hidden_size": 4}, "'m'")],
+)
+def test_another_models_cloud_is_not_used(changes: dict[str, Any], why: str) -> None:
+    with linked(Server(cloud()), wait=False, **changes) as link:
+        until(lambda: link.state != "down")
+        assert why in link.state
+        assert not link.up
+        link.add("r", 0, np.zeros((5, SIZE), np.float32))
+        assert answer(link, 4).reason == "link"
+
+
+@pytest.mark.parametrize("body", [b"", b"noise" * 20, None])
+def test_broken_replies_are_a_broken_link(body: bytes | None) -> None:
+    app = FastAPI()
+    describe = cloud().state.effplugin_cloud.describe()
+
+    @app.get("/v1/edge_cloud")
+    def there() -> dict[str, Any]:
+        return describe
+
+    @app.post("/v1/edge_cloud/exchange")
+    async def broken(request: Request) -> Response:
+        return Response(body or b"", status_code=200 if body is not None else 500)
+
+    with linked(Server(app)) as link:
+        upload(link, 0, 5)
+        found = answer(link, 4)
+        assert (found.token, found.reason) == (None, "link")
+
+
+def test_bad_messages_get_400() -> None:
+    server = Server(cloud(message_bytes=1000))
+    try:
+        url = f"http://127.0.0.1:{server.port}/v1/edge_cloud/exchange"
+        assert httpx.post(url, content=b"noise" * 20).status_code == 400
+        assert httpx.post(url, content=b"EFEC").status_code == 400
+        assert httpx.post(url, content=b"x" * 1001).status_code in (400, 413)
+        server.app.state.effplugin_cloud = None
+        assert httpx.post(url, content=b"").status_code == 404
+    finally:
+        server.stop()

@@ -1,0 +1,428 @@
+"""The edge's side of the wire: uploads in the background, questions, and what becomes of them.
+
+The engine's thread hands over hidden states and questions, and polls for answers; everything else
+happens in a thread of its own. Every question has exactly one outcome: the cloud's token, or the
+reason why there is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import httpx
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_effplugin.techniques.edge_cloud.wire import (
+    SESSION_BYTES,
+    Encoding,
+    Frame,
+    FrameReader,
+    Kind,
+    WireError,
+    append_frame,
+    json_frame,
+)
+
+logger = logging.getLogger(__name__)
+
+PATH = "/v1/edge_cloud"
+EDGE_HEADER = "X-Effplugin-Edge"
+"""The same for all that one edge says: what a router before several clouds has to go by."""
+
+PROBE_S = 0.25
+PROBE_TIMEOUT_S = 1.0
+CONNECT_S = 2.0
+MESSAGE_BYTES = 8 << 20
+"""Of one message, so that a long prompt does not hold up what others ask."""
+
+ANSWER_BYTES = 1 << 16
+
+
+class LinkSettings(BaseModel):
+    """Where the cloud is, and how to speak to it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = Field(pattern=r"^https?://", description="Of the cloud, without a path.")
+    key: str = Field("", repr=False, description="API key of the cloud.")
+    model: str = Field(min_length=1, description="Names the unsplit model's weights.")
+    hidden_size: int = Field(ge=1)
+    encoding: Literal["fp32", "fp16", "int8"] = "fp16"
+    deadline_s: float = Field(1.0, gt=0, description="For a token, from question to answer.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one question.
+
+    Attributes:
+        request, position: what was asked.
+        token: the cloud's; None where the edge has to do with its own.
+        reason: `cloud`, or why there is no token: `link`, `deadline`, or the cloud's own code, such
+            as `full`.
+        waited: seconds since the question.
+        computed: of these, seconds that the cloud's engine took.
+    """
+
+    request: str
+    position: int
+    token: int | None
+    reason: str
+    waited: float = 0.0
+    computed: float = 0.0
+
+
+@dataclass
+class LinkTotals:
+    """What went over the link; all only grow. Bytes are those of bodies."""
+
+    exchanges: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    uploaded: int = 0
+    repeated: int = 0
+    failures: int = 0
+
+
+@dataclass(eq=False)
+class _Talk:
+    """What the cloud was told of one request.
+
+    Attributes:
+        session: the cloud's name of it.
+        opened: whether the cloud was told so.
+        chunks: all uploads, of which those from `next_chunk` on have to be sent.
+        told: positions that were sent at least once.
+        held: positions that the cloud said it holds.
+        question: what is asked now.
+        unsent: whether that has to be sent.
+    """
+
+    session: bytes
+    opened: bool = False
+    chunks: list[Frame] = field(default_factory=list)
+    next_chunk: int = 0
+    told: int = 0
+    held: int = 0
+    question: Frame | None = None
+    unsent: bool = False
+
+    def asks(self, position: int) -> bool:
+        """Whether this is what it waits for."""
+        return self.question is not None and self.question.position == position
+
+    def rewind(self, held: int) -> None:
+        """The cloud holds so many positions: what is behind them goes up once more."""
+        self.held = held
+        ends = (chunk.position + chunk.count for chunk in self.chunks)
+        self.next_chunk = sum(end <= held for end in ends)
+
+
+def _asks_now(talk: _Talk) -> bool:
+    """Whether something has to be sent that an answer depends on."""
+    return talk.question is not None and (talk.unsent or talk.next_chunk < len(talk.chunks))
+
+
+class Link:
+    """The connection of one engine to its cloud.
+
+    Args:
+        settings: where the cloud is.
+    """
+
+    def __init__(self, settings: LinkSettings) -> None:
+        self.settings, self.totals = settings, LinkTotals()
+        self.state = "down"
+        """`up`, `down`, or why the cloud turned this edge away."""
+        self._encoding = Encoding[settings.encoding.upper()]
+        self._commands: deque[tuple[Any, ...]] = deque()
+        self._answers: deque[Outcome] = deque()
+        self._waiting: dict[str, tuple[int, float]] = {}
+        self._talks: dict[str, _Talk] = {}
+        self._by_session: dict[bytes, str] = {}
+        self._closed: list[bytes] = []
+        self._heard = 0.0
+        self._in_flight = 0
+        self._loop = asyncio.new_event_loop()
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._run, name="effplugin-link", daemon=True)
+        self._thread.start()
+
+    # --- For the engine's thread -----------------------------------------------------------------
+
+    @property
+    def up(self) -> bool:
+        """Whether a question makes sense now."""
+        return self.state == "up"
+
+    def add(self, request: str, position: int, states: np.ndarray) -> None:
+        """Hand over `[n, d]` hidden states of a request's positions from `position` on."""
+        self._commands.append(("add", request, position, states))
+
+    def ask(self, request: str, position: int, sampling: Mapping[str, Any]) -> None:
+        """Ask for the token behind a position. What lies before it has been handed over."""
+        self._waiting[request] = position, time.monotonic()
+        self._commands.append(("ask", request, position, dict(sampling)))
+
+    def close(self, request: str) -> None:
+        """A request has ended."""
+        self._waiting.pop(request, None)
+        self._commands.append(("close", request))
+
+    def flush(self) -> None:
+        """Have what was handed over sent."""
+        if self._commands:
+            with contextlib.suppress(RuntimeError):  # the thread has ended
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    def poll(self) -> Iterator[Outcome]:
+        """Questions that are over."""
+        now = time.monotonic()
+        while self._answers:
+            found = self._answers.popleft()
+            position, began = self._waiting.get(found.request, (-1, 0.0))
+            if position == found.position:
+                del self._waiting[found.request]
+                yield Outcome(**{**vars(found), "waited": now - began})
+        for request, (position, began) in list(self._waiting.items()):
+            if now - began > self.settings.deadline_s:
+                del self._waiting[request]
+                self._commands.append(("late", request, position, began))
+                self.flush()
+                yield Outcome(request, position, None, "deadline", now - began)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._commands.append(("stop",))
+        self.flush()
+        self._thread.join(timeout=5)
+
+    # --- The thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._talk_on())
+        except Exception:
+            logger.exception("the link to the cloud broke down; the edge goes on alone")
+            self.state = "broken"
+        finally:
+            self._loop.close()
+
+    async def _talk_on(self) -> None:
+        headers = {EDGE_HEADER: secrets.token_hex(8)}
+        if self.settings.key:
+            headers["Authorization"] = f"Bearer {self.settings.key}"
+        limits = httpx.Limits(max_connections=128, max_keepalive_connections=32)
+        # A connection may be silent for as long as an answer may take, and a little longer.
+        timeout = httpx.Timeout(CONNECT_S, read=self.settings.deadline_s + CONNECT_S)
+        async with httpx.AsyncClient(
+            base_url=self.settings.url, headers=headers, limits=limits, timeout=timeout
+        ) as client:
+            probing = asyncio.ensure_future(self._probe(client))
+            try:
+                while await self._obey():
+                    if self.up:
+                        self._send(client)
+                    await self._wake.wait()
+                    self._wake.clear()
+            finally:
+                for task in (probing, *self._tasks):
+                    task.cancel()
+
+    async def _obey(self) -> bool:
+        """Take in what the engine's thread said; whether to go on."""
+        while self._commands:
+            match self._commands.popleft():
+                case ("add", request, position, states):
+                    talk = self._talk(request)
+                    talk.chunks.append(append_frame(talk.session, position, states, self._encoding))
+                case ("ask", request, position, sampling):
+                    if not self.up:
+                        self._answers.append(Outcome(request, position, None, "link"))
+                        continue
+                    talk = self._talk(request)
+                    talk.question = json_frame(Kind.ASK, talk.session, sampling, position)
+                    talk.unsent = True
+                case ("late", request, position, began):
+                    known = self._talks.get(request)
+                    if known is not None and known.asks(position):
+                        known.question = None
+                    if self._heard < began and self.up:
+                        self._go_down("deadline")  # silence, not slowness
+                case ("close", request):
+                    known = self._talks.pop(request, None)
+                    if known is not None:
+                        del self._by_session[known.session]
+                        if known.opened and self.up:
+                            self._closed.append(known.session)
+                case ("stop",):
+                    return False
+        return True
+
+    def _talk(self, request: str) -> _Talk:
+        talk = self._talks.get(request)
+        if talk is None:
+            talk = self._talks[request] = _Talk(secrets.token_bytes(SESSION_BYTES))
+            self._by_session[talk.session] = request
+        return talk
+
+    # --- Messages --------------------------------------------------------------------------------
+
+    def _send(self, client: httpx.AsyncClient) -> None:
+        """Send what is there to be sent. Uploads alone wait until nothing is under way."""
+        while self._in_flight == 0 or any(map(_asks_now, self._talks.values())):
+            frames = self._collect()
+            if not frames:
+                return
+            self._in_flight += 1
+            task = asyncio.ensure_future(self._exchange(client, frames))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _collect(self) -> list[Frame]:
+        frames: list[Frame] = []
+        size = 0
+        talks = sorted(self._talks.values(), key=_asks_now, reverse=True)
+        for talk in talks:
+            if not _asks_now(talk) and talk.next_chunk == len(talk.chunks):
+                continue
+            if size > MESSAGE_BYTES:
+                break
+            if not talk.opened:
+                talk.opened = True
+                content = {"model": self.settings.model}
+                frames.append(json_frame(Kind.OPEN, talk.session, content))
+            for chunk in talk.chunks[talk.next_chunk :]:
+                frames.append(chunk)
+                size += len(chunk.payload)
+                end = chunk.position + chunk.count
+                new = max(0, end - max(talk.told, chunk.position))
+                self.totals.uploaded += new
+                self.totals.repeated += chunk.count - new
+                talk.told = max(talk.told, end)
+            talk.next_chunk = len(talk.chunks)
+            if talk.question is not None and talk.unsent:
+                frames.append(talk.question)
+                talk.unsent = False
+        frames += [Frame(Kind.CLOSE, session) for session in self._closed]
+        self._closed.clear()
+        return frames
+
+    async def _exchange(self, client: httpx.AsyncClient, frames: list[Frame]) -> None:
+        message = b"".join(frame.pack() for frame in frames)
+        self.totals.exchanges += 1
+        self.totals.bytes_up += len(message)
+        reader = FrameReader(self.settings.hidden_size, ANSWER_BYTES)
+        try:
+            async with client.stream("POST", f"{PATH}/exchange", content=message) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise httpx.HTTPStatusError(
+                        f"{response.status_code}: {response.text[:200]}",
+                        request=response.request,
+                        response=response,
+                    )
+                async for piece in response.aiter_raw():
+                    self.totals.bytes_down += len(piece)
+                    for frame in reader.feed(piece):
+                        self._hear(frame)
+                reader.end()
+            # What it did not answer will not be answered.
+            self._unanswered(frames)
+        except (httpx.HTTPError, WireError) as error:
+            self.totals.failures += 1
+            self._go_down(f"{type(error).__name__}: {error}")
+        finally:
+            self._in_flight -= 1
+            self._wake.set()
+
+    def _unanswered(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            request = self._by_session.get(frame.session)
+            if frame.kind is Kind.ASK and request is not None:
+                talk = self._talks[request]
+                if talk.asks(frame.position) and not talk.unsent:
+                    self._end(request, talk, "link")
+
+    def _hear(self, frame: Frame) -> None:
+        self._heard = time.monotonic()
+        request = self._by_session.get(frame.session)
+        if request is None:
+            return
+        talk = self._talks[request]
+        if frame.kind is Kind.HELD:
+            if frame.position < talk.held:  # it forgot the session, and was told of it anew
+                talk.rewind(frame.position)
+                self._wake.set()
+            talk.held = frame.position
+        elif frame.kind is Kind.REPLAY:
+            talk.opened = talk.opened and frame.position > 0
+            talk.rewind(frame.position)
+            talk.unsent = talk.question is not None
+        elif frame.kind is Kind.TOKEN and talk.asks(frame.position):
+            talk.question = None
+            token, seconds = frame.token()
+            self._answers.append(Outcome(request, frame.position, token, "cloud", 0.0, seconds))
+        elif frame.kind is Kind.ERROR:
+            said = frame.json()
+            code = str(said.get("code", "error"))
+            if code == "model":
+                self._turned_away(str(said.get("message")))
+            self._end(request, talk, code)
+
+    def _end(self, request: str, talk: _Talk, reason: str) -> None:
+        """What a request waits for will not come."""
+        if talk.question is not None:
+            self._answers.append(Outcome(request, talk.question.position, None, reason))
+            talk.question = None
+
+    # --- Up and down -----------------------------------------------------------------------------
+
+    def _go_down(self, why: str) -> None:
+        if self.up:
+            logger.warning("the cloud is out of reach (%s): the edge goes on alone", why)
+            self.state = "down"
+        for request, talk in self._talks.items():
+            # What it held may be lost, or not: its first reply will say.
+            talk.opened = False
+            talk.rewind(talk.held)
+            self._end(request, talk, "link")
+
+    def _turned_away(self, why: str) -> None:
+        if self.state != why:
+            logger.error("the cloud turned this edge away: %s", why)
+        self.state = why
+
+    async def _probe(self, client: httpx.AsyncClient) -> None:
+        """Find out when the cloud is there, and whether it is the right one."""
+        while True:
+            if not self.up:
+                with contextlib.suppress(httpx.HTTPError, ValueError):
+                    response = await client.get(PATH, timeout=PROBE_TIMEOUT_S)
+                    if response.status_code == 200:
+                        self._meet(response.json())
+                    elif response.status_code in (401, 403, 404):
+                        self._turned_away(f"HTTP {response.status_code}: {response.text[:200]}")
+            await asyncio.sleep(PROBE_S)
+
+    def _meet(self, cloud: Mapping[str, Any]) -> None:
+        ours = self.settings.model, self.settings.hidden_size
+        theirs = cloud.get("model"), cloud.get("hidden_size")
+        if ours != theirs:
+            self._turned_away(f"it is the cloud of {theirs[0]!r}, this is an edge of {ours[0]!r}")
+            return
+        logger.info("the cloud is there")
+        self.state = "up"
+        self._wake.set()
