@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.config import POLICIES, EarlyExitConfig
-from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
+from vllm_effplugin.techniques.edge_cloud.config import EdgeConfig, SplitConfig
 from vllm_effplugin.techniques.joint_exit.config import JointExitConfig
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 from vllm_effplugin.techniques.multiplex.config import MultiplexConfig
@@ -50,7 +50,7 @@ class EfficiencyConfig(BaseModel):
     multiplex: MultiplexConfig | None = Field(
         None, description="Sequences that a classifier merges (RevMUX)."
     )
-    edge_cloud: CloudConfig | None = Field(
+    edge_cloud: SplitConfig | None = Field(
         None, description="The part of a split model that this is (CE-CoLLM)."
     )
     split_after: tuple[int, ...] = Field(
@@ -78,7 +78,7 @@ class EfficiencyConfig(BaseModel):
         if self.layer_parallel is not None:
             self.layer_parallel.resolve_groups(num_layers)
         if self.early_exit is not None:
-            self.early_exit.check_depths(num_layers)
+            self.early_exit.check_depths(num_layers, at_end=self.is_edge)
             if self.split_after and self.early_exit.exits:
                 raise ConfigError("efficiency.split_after has no meaning with exits; leave it out")
         if self.joint_exit is not None:
@@ -87,12 +87,7 @@ class EfficiencyConfig(BaseModel):
             self.multiplex.check_depth(num_layers)
             self._check_composition(self.multiplex)
         if self.edge_cloud is not None:
-            for other in ("early_exit", "layer_parallel", "joint_exit", "multiplex"):
-                if getattr(self, other) is not None:
-                    raise ConfigError(
-                        f"efficiency.edge_cloud of role `cloud` and efficiency.{other} are not "
-                        "supported together: leave one of them out"
-                    )
+            self._check_split(num_layers)
         for section in ("joint_exit", "multiplex"):
             for other in ("early_exit", "layer_parallel", "split_after"):
                 if getattr(self, section) is not None and getattr(self, other):
@@ -137,6 +132,47 @@ class EfficiencyConfig(BaseModel):
             raise ConfigError(
                 "efficiency.early_exit: the adapter `block` is not supported on "
                 f"{architecture}: use `linear` or `none`"
+            )
+
+    @property
+    def is_edge(self) -> bool:
+        """Whether these are the lower layers of a split model."""
+        return isinstance(self.edge_cloud, EdgeConfig)
+
+    def _check_split(self, num_layers: int) -> None:
+        assert self.edge_cloud is not None
+        others = ["layer_parallel", "joint_exit", "multiplex"]
+        if not self.is_edge:
+            others.append("early_exit")
+        for other in others:
+            if getattr(self, other) is not None:
+                raise ConfigError(
+                    f"efficiency.edge_cloud of role `{self.edge_cloud.role}` and "
+                    f"efficiency.{other} are not supported together: leave one of them out"
+                )
+        if not isinstance(self.edge_cloud, EdgeConfig):
+            return
+        exits = self.early_exit.exits if self.early_exit is not None else ()
+        if len(exits) < 2 or exits[-1].depth != num_layers:
+            raise ConfigError(
+                "efficiency.edge_cloud of role `edge` needs two exits or more in "
+                f"efficiency.early_exit, the last of them behind all {num_layers} layers"
+            )
+        assert self.early_exit is not None
+        if self.early_exit.cache != "recompute":
+            raise ConfigError(
+                f"efficiency.early_exit: cache policy {self.early_exit.cache!r} is not supported "
+                "on an edge, whose cloud needs every token's exact hidden state: use `recompute`"
+            )
+        if self.early_exit.sees_all_tokens:
+            raise ConfigError(
+                "efficiency.early_exit: gates `mamba` and adapters `block` are not supported on "
+                "an edge yet: use `linear` or `mlp`, and `linear` or `none`"
+            )
+        if self.edge_cloud.layers <= num_layers:
+            raise ConfigError(
+                f"efficiency.edge_cloud: {self.edge_cloud.layers} layers in all leave none for "
+                f"the cloud of an edge that has {num_layers}"
             )
 
     def _check_composition(self, multiplex: MultiplexConfig) -> None:

@@ -15,6 +15,7 @@ from vllm_effplugin.engine.metrics import COLLECTOR, Reporter
 from vllm_effplugin.engine.sequence_totals import sequence_reporter
 from vllm_effplugin.engine.settings import (
     CLOUD_PARAMS,
+    EDGE_PARAMS,
     EXIT_PARAMS,
     EXIT_PARAMS_V2,
     IO_PROCESSOR,
@@ -26,6 +27,7 @@ from vllm_effplugin.engine.settings import (
     verifies,
 )
 from vllm_effplugin.techniques.early_exit.totals import ExitReporter
+from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
 from vllm_effplugin.techniques.multiplex.totals import QueueReporter
 
 if TYPE_CHECKING:
@@ -71,14 +73,19 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             _bring_loop(
                 vllm_config,
                 ExitReporter(
-                    [point.depth for point in efficiency.early_exit.exits], len(plan.unit_of)
+                    [boundary.after + 1 for boundary in plan.boundaries], len(plan.unit_of)
                 ),
             )
             params = VERIFYING_EXIT_PARAMS if verifies(vllm_config) else EXIT_PARAMS
+            if isinstance(efficiency.edge_cloud, EdgeConfig):
+                refusals.on_an_edge(vllm_config)
+                # What a step gives decides who takes part in the next one.
+                vllm_config.scheduler_config.async_scheduling = False
+                params = EDGE_PARAMS[efficiency.edge_cloud.mode]
             _check_parameters(
                 vllm_config, EXIT_PARAMS_V2 if vllm_config.use_v2_model_runner else params
             )
-        if efficiency.edge_cloud is not None:
+        if isinstance(efficiency.edge_cloud, CloudConfig):
             refusals.with_streamed_states(vllm_config)
             vllm_config.model_config.enable_prompt_embeds = True
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER

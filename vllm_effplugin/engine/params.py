@@ -16,6 +16,8 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm_effplugin.engine.settings import STATES, VERIFY
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.request import parse_exit_request
+from vllm_effplugin.techniques.edge_cloud.config import EdgeConfig
+from vllm_effplugin.techniques.edge_cloud.request import check_sampling, requested_mode
 
 
 def validate_exit_params(params: SamplingParams, *, verify: bool) -> None:
@@ -58,6 +60,28 @@ class ExitParamsV1(V1LogitsProcessor):
 
     def update_state(self, batch_update: Any) -> None:
         pass
+
+
+class StandaloneEdgeParamsV1(ExitParamsV1):
+    """An edge's, by the mode of the server."""
+
+    config = EdgeConfig(role="edge", model="any", layers=2, mode="standalone")
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        super().validate_params(sampling_params)
+        try:
+            check_sampling(sampling_params, requested_mode(cls.config, sampling_params.extra_args))
+        except ConfigError as error:
+            raise VLLMValidationError(str(error)) from None
+
+
+class CollaborativeEdgeParamsV1(StandaloneEdgeParamsV1):
+    config = EdgeConfig(role="edge", model="any", layers=2, mode="collaborative")
+
+
+class CloudEdgeParamsV1(StandaloneEdgeParamsV1):
+    config = EdgeConfig(role="edge", model="any", layers=2, mode="cloud")
 
 
 class CloudParamsV1(ExitParamsV1):

@@ -188,6 +188,33 @@ def with_skipped_states(vllm_config: VllmConfig) -> None:
         )
 
 
+def on_an_edge(vllm_config: VllmConfig) -> None:
+    """What the lower layers of a split model do not support, beyond early exit's own."""
+    if vllm_config.use_v2_model_runner:
+        raise UnsupportedError(
+            "vLLM's model runner V2 is not supported with `edge_cloud` yet, where no request has "
+            "been parked: set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise UnsupportedError(
+            "--tensor-parallel-size > 1 is not supported on an edge: use one rank"
+        )
+    if vllm_config.scheduler_config.async_scheduling:
+        raise UnsupportedError(
+            "--async-scheduling is not supported on an edge, where a step decides who takes part "
+            "in the next one: leave it out"
+        )
+    if verifies(vllm_config):
+        raise UnsupportedError(
+            "verified early exits (--speculative-config) are not supported on an edge, whose "
+            "upper layers are elsewhere: leave --speculative-config off"
+        )
+    if current_platform.device_type != "cpu":
+        raise UnsupportedError(
+            "an edge is supported on CPUs only yet: serve the unsplit model on a GPU"
+        )
+
+
 def with_streamed_states(vllm_config: VllmConfig) -> None:
     """What the cloud of a split model does not support."""
     model = vllm_config.model_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_effplugin.engine.counters import publish_for
-from vllm_effplugin.engine.settings import STATES, efficiency_of
+from vllm_effplugin.engine.settings import ANSWERS, STATES, efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
 from vllm_effplugin.techniques.joint_exit import request as exit_request
 from vllm_effplugin.techniques.multiplex import request as mux_request
@@ -25,6 +25,7 @@ from vllm_effplugin.techniques.multiplex.totals import QUEUE_TOTALS
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
 
 FOLLOWED = 0.1
 """Weight of the newest observation in a running mean."""
@@ -112,6 +113,47 @@ class _StreamedStates(_SaltedRequests):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._arrived.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+
+class _ParkedRequests(_SaltedRequests):
+    """Requests that wait for a token of the cloud: an edge's.
+
+    A running request for which a step gave no token has nothing to compute, and is passed over with
+    its cache until it has one. Its token arrives with a later step in which it took no part, as if
+    it had (patches/README.md, "tokens from elsewhere").
+    """
+
+    def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, **kwargs)
+        self._origins: dict[str, Counter[str]] = {}
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        for name, answer in getattr(model_runner_output, ANSWERS, {}).items():
+            request: Request | None = self.requests.get(name)  # type: ignore[attr-defined]
+            if request is None or request.is_finished():
+                continue
+            self._origins.setdefault(name, Counter())[answer["origin"]] += 1
+            scheduler_output.num_scheduled_tokens[name] = 1
+            request.num_in_flight_tokens += 1
+            model_runner_output.req_id_to_index[name] = len(model_runner_output.req_ids)
+            model_runner_output.req_ids.append(name)
+            model_runner_output.sampled_token_ids.append([answer["token"]])
+        return super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        origins = self._origins.pop(request.request_id, Counter())
+        found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        if found is None:
+            return found
+        # vLLM's only field of a response that a scheduler can fill.
+        own = request.num_output_tokens - origins.total()
+        kv_transfer_params, *others = found
+        report = {"effplugin": {"tokens_by_origin": {"edge": own, **origins}}}
+        return ({**(kv_transfer_params or {}), **report}, *others)
 
 
 class _MergingRequests(_SaltedRequests):
@@ -238,6 +280,10 @@ class _SaltedAsyncScheduler(_SaltedRequests, AsyncScheduler):
     pass
 
 
+class _ParkedScheduler(_ParkedRequests, Scheduler):
+    pass
+
+
 class _StreamedStatesScheduler(_StreamedStates, Scheduler):
     pass
 
@@ -262,7 +308,9 @@ def effplugin_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     asynchronous = vllm_config.scheduler_config.async_scheduling
     cls: type[Scheduler]
     efficiency = efficiency_of(vllm_config.model_config.hf_config)
-    if efficiency.edge_cloud is not None:
+    if efficiency.is_edge:
+        cls = _ParkedScheduler
+    elif efficiency.edge_cloud is not None:
         cls = _StreamedStatesAsyncScheduler if asynchronous else _StreamedStatesScheduler
     elif efficiency.multiplex is not None:
         cls = _MergingAsyncScheduler if asynchronous else _MergingScheduler

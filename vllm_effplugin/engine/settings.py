@@ -19,6 +19,13 @@ WORKERS = {
     "cuda": "vllm_effplugin.engine.worker.EffpluginWorker",
 }
 CLOUD_PARAMS = "vllm_effplugin.engine.params:CloudParamsV1"
+EDGE_PARAMS = {
+    mode: f"vllm_effplugin.engine.params:{mode.capitalize()}EdgeParamsV1"
+    for mode in ("standalone", "collaborative", "cloud")
+}
+ANSWERS = "effplugin_answers"
+"""Attribute of a step's output: what requests that were parked go on with."""
+
 STATES = "effplugin_states"
 """Extra argument that carries hidden states, fp32 as bytes, to the cloud of a split model."""
 

@@ -50,6 +50,11 @@ class V1Rows:
             self._ids = list(ids)
         return self._slots
 
+    def names(self) -> list[str]:
+        """Ids of the same requests."""
+        batch = self._runner.input_batch
+        return list(batch.req_ids[: batch.num_reqs])
+
     def rows(self) -> Rows:
         """The rows of that step."""
         batch = self._runner.input_batch

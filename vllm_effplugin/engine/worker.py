@@ -6,19 +6,23 @@ What it adds for CPUs is in `cpu_worker.py`.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_effplugin.engine.settings import EXIT_PARAMS, VERIFYING_EXIT_PARAMS
+from vllm_effplugin.engine.settings import ANSWERS, EXIT_PARAMS, VERIFYING_EXIT_PARAMS
 from vllm_effplugin.engine.v1_rows import V1Rows
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.techniques.joint_exit.config import JointExitConfig
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from vllm_effplugin.techniques.edge_cloud.desk import Desk, Question
 
 DUMMY_CONTEXT = 128
 """Positions of a request, where there is room for them, while costs are measured."""
@@ -67,7 +71,44 @@ class EffpluginWorker(Worker):
             self._v1_rows.release(
                 scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
             )
-        return super().execute_model(scheduler_output)
+        desk = self._desk
+        if desk is None:
+            return super().execute_model(scheduler_output)
+        desk.unpark(scheduler_output.preempted_req_ids or ())
+        desk.close(scheduler_output.finished_req_ids)
+        output = super().execute_model(scheduler_output)
+        # None where tokens are sampled next.
+        return output if output is None else self._answered(output, desk)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        desk = self._desk
+        return output if desk is None else self._answered(output, desk)
+
+    @property
+    def _desk(self) -> Desk | None:
+        return getattr(self._exits, "desk", None) if self._v1_rows is not None else None
+
+    def _answered(self, output: ModelRunnerOutput, desk: Desk) -> ModelRunnerOutput:
+        """A step's output with the answers that came, and without the tokens that are asked for."""
+        answers = desk.answers()
+        for name, answer in answers.items():
+            # The runner holds its own token; the request is not in its batch, which is made anew
+            # from this.
+            self.model_runner.requests[name].output_token_ids[-1] = answer.token
+        questions: dict[str, Question] = self._exits.questions
+        output = copy(output)  # an empty one is shared, and the scheduler adds what came
+        output.req_ids, output.req_id_to_index = list(output.req_ids), dict(output.req_id_to_index)
+        output.sampled_token_ids = list(output.sampled_token_ids)
+        for name, question in questions.items():
+            place = output.req_id_to_index[name]
+            tokens = output.sampled_token_ids[place]
+            if tokens and desk.park(name, question, tokens[-1]):
+                output.sampled_token_ids[place] = []
+        questions.clear()
+        desk.flush()
+        setattr(output, ANSWERS, {name: vars(answer) for name, answer in answers.items()})
+        return output
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()

@@ -35,6 +35,8 @@ from vllm_effplugin.plan import Plan, Unit
 from vllm_effplugin.techniques.early_exit.exits import AllGates, Exit
 from vllm_effplugin.techniques.early_exit.gates import MambaGate
 from vllm_effplugin.techniques.early_exit.loop import ExitLoop
+from vllm_effplugin.techniques.edge_cloud.config import EdgeConfig
+from vllm_effplugin.techniques.edge_cloud.loop import EdgeLoop
 from vllm_effplugin.techniques.layer_parallel.layer import (
     AttentionFactory,
     LayerGroup,
@@ -154,7 +156,11 @@ class PlannedTrunk(nn.Module):
         blocks = (exit.block for exit in exits)
         for layer in (*self.layers, *(block for block in blocks if block is not None)):
             remember_batches(cached_part(layer))
-        self.loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
+        edge = efficiency_of(vllm_config.model_config.hf_config).edge_cloud
+        if isinstance(edge, EdgeConfig):
+            self.loop = EdgeLoop(self, early_exit, edge, self.plan, vllm_config, prefix)
+        else:
+            self.loop = ExitLoop(self, early_exit, self.plan, vllm_config, prefix)
         self.parts = self.loop.parts
 
     def _arrange_sequences(self, vllm_config: VllmConfig, prefix: str) -> None:

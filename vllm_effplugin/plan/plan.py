@@ -142,6 +142,8 @@ def build_plan(config: EfficiencyConfig, num_layers: int) -> Plan:
         layer = unit.layers[-1] + 1
 
     exits = config.early_exit.exits if config.early_exit else ()
+    if config.is_edge:
+        exits = exits[:-1]  # behind the last layer there is nothing to be cut off
     sequence_exits = config.joint_exit.exits if config.joint_exit else ()
     boundaries = (
         *(Boundary(layer) for layer in config.split_after),

@@ -180,9 +180,13 @@ class EarlyExitConfig(BaseModel):
             for name, shape in point.tensors(hidden_size, self.gate_width, layer).items()
         }
 
-    def check_depths(self, num_layers: int) -> None:
-        """Raise ConfigError unless every exit lies inside a model of `num_layers` layers."""
-        if self.exits and self.exits[-1].depth >= num_layers:
+    def check_depths(self, num_layers: int, *, at_end: bool = False) -> None:
+        """Raise ConfigError unless every exit lies inside a model of `num_layers` layers.
+
+        Args:
+            at_end: whether the last may lie behind all of them.
+        """
+        if self.exits and self.exits[-1].depth >= num_layers + at_end:
             raise ConfigError(
                 f"efficiency.early_exit: an exit at depth {self.exits[-1].depth} is not inside "
                 f"the model, which has {num_layers} layers"

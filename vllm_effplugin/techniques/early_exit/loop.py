@@ -122,12 +122,15 @@ class ExitLoop(TrunkLoop):
         plan: one segment before, between and behind the exits.
     """
 
+    # Forward functions of the last segment and of the stack without and with exits.
+    TO_END, PLAIN, WHOLE = staticmethod(to_end), staticmethod(whole_stack), staticmethod(_whole)
+
     def __init__(
         self, trunk: Any, config: EarlyExitConfig, plan: Plan, vllm_config: VllmConfig, prefix: str
     ) -> None:
-        super().__init__(vllm_config, exit_totals(len(trunk.exits)))
+        self.exits: list[Exit] = list(trunk.exits)[: len(plan.boundaries)]
+        super().__init__(vllm_config, exit_totals(len(self.exits)))
         self.config = config
-        self.exits: list[Exit] = list(trunk.exits)
         self.gated = [exit.gate is not None for exit in self.exits]
         self.num_layers = len(plan.unit_of)
         # Layers up to each exit and to the end, the exits' own included.
@@ -146,17 +149,19 @@ class ExitLoop(TrunkLoop):
                 )
                 for i, (segment, exit) in enumerate(zip(before, self.exits, strict=True))
             ),
-            compiled_part(to_end, "ToEnd", trunk, last.units, vllm_config, prefix),
+            compiled_part(self.TO_END, "ToEnd", trunk, last.units, vllm_config, prefix),
         ]
         self.segments: list[Callable[..., Any]] = [self.graph_inputs.placed(part) for part in parts]
         # Not the graph below without its further results: in bf16 those change what Inductor keeps
         # in fp32. Where nobody may leave, outputs are those of the stock model bit for bit.
-        self.plain = compiled_part(whole_stack, "Plain", trunk, plan.units, vllm_config, prefix)
-        behind = {exit.point.depth - 1: exit for exit in self.exits}
-        self.whole = compiled_part(
-            _whole, "Whole", trunk, plan.units, vllm_config, prefix, exit_behind=behind
+        plain = compiled_part(self.PLAIN, "Plain", trunk, plan.units, vllm_config, prefix)
+        behind = {exit.point.depth - 1: exit for exit in trunk.exits}
+        whole = compiled_part(
+            self.WHOLE, "Whole", trunk, plan.units, vllm_config, prefix, exit_behind=behind
         )
-        self.parts = nn.ModuleList([*parts, self.plain, self.whole])
+        self.plain: Callable[..., Any] = plain
+        self.whole: Callable[..., Any] = whole
+        self.parts = nn.ModuleList([*parts, plain, whole])
         self.fill = open_fill(config, trunk)
         state_space = isinstance(cached_part(trunk.layers[0]), MambaBase)
         self.skipped = open_states(config, trunk, state_space=state_space)
@@ -264,7 +269,7 @@ class ExitLoop(TrunkLoop):
         if not (self._wishes.count or self.needs_exits):  # nothing but the stack
             for name in ("layer_tokens", "full_layer_tokens"):
                 self.counters.add(name, step.common.num_actual_tokens * self.num_layers)
-            return self.plain(input_ids, positions, inputs_embeds)
+            return self.stepped(None, self.plain(input_ids, positions, inputs_embeds))
         rows = self._source.rows()
         wishes = self._wishes.of(rows.decodes)
         if self.config.has_states:
@@ -288,6 +293,14 @@ class ExitLoop(TrunkLoop):
             )
         if self.on_step is not None:
             self.on_step(run)
+        return self.stepped(run, hidden)
+
+    def stepped(self, run: StepRun | None, hidden: Tensor) -> Tensor:
+        """Called with each step's hidden states, and the run where some row wished to leave.
+
+        Returns:
+            what the runner will see.
+        """
         return hidden
 
     def _warm_up(

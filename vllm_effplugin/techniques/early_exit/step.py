@@ -52,6 +52,7 @@ class StepRun:
         self.wishes = wishes
         self._input_ids, self._positions = input_ids, positions
         self._tokens = step.common.num_actual_tokens
+        self.in_parts = False
         self._watched = self._draw_watched() if loop.shadow else None
         self._at_the_end: list[Callable[[], None]] = []
         self._kept: KeptStates | None = None
@@ -137,6 +138,7 @@ class StepRun:
     def in_segments(self, embedded: Tensor) -> Tensor:
         """Run segment by segment, each on the rows that are left."""
         loop, passage = self._loop, self.passage
+        self.in_parts = True
         tokens = self._all_tokens()
         hidden, residual = embedded, None
         output = torch.empty_like(embedded)

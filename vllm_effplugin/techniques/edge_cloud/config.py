@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_effplugin.techniques.edge_cloud.contexts import Limits
+
+Mode = Literal["standalone", "collaborative", "cloud"]
 
 
 class CloudConfig(BaseModel):
@@ -14,7 +16,7 @@ class CloudConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Literal["cloud"] = "cloud"
+    role: Literal["cloud"]
     model: str = Field(
         min_length=1,
         max_length=128,
@@ -22,3 +24,29 @@ class CloudConfig(BaseModel):
     )
     partition: int = Field(ge=1, description="Layers of the unsplit model that the edge runs.")
     limits: Limits = Field(default_factory=Limits, description="What clients may take.")
+
+
+class EdgeConfig(BaseModel):
+    """The lower layers. The last exit of `early_exit` lies behind them all: where its gate is not
+    sure, the token is the cloud's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Literal["edge"]
+    model: str = Field(min_length=1, max_length=128, description="Names the unsplit model.")
+    layers: int = Field(ge=2, description="Of the unsplit model.")
+    mode: Mode = Field(
+        "collaborative",
+        description="`standalone` never asks the cloud, `collaborative` where no exit is sure, "
+        "`cloud` for every token. A request may choose another one.",
+    )
+    transport: Literal["fp32", "fp16", "int8"] = Field(
+        "fp16", description="Of hidden states on their way up."
+    )
+    deadline_s: float = Field(
+        1.0, gt=0, description="For a token of the cloud; the edge takes its own when it is over."
+    )
+
+
+SplitConfig = Annotated[CloudConfig | EdgeConfig, Field(discriminator="role")]
