@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,11 @@ from tests.tiny import LAYERS, VOCAB, engine, make_checkpoint
 from tests.unit.test_edge_link import Server, until
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
+from vllm_effplugin.engine.settings import CLOUD_URL
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
-from vllm_effplugin.techniques.edge_cloud.loop import CLOUD_URL
+from vllm_effplugin.techniques.edge_cloud.contexts import Totals
 from vllm_effplugin.techniques.edge_cloud.service import CloudService, Sampling
 from vllm_effplugin.techniques.edge_cloud.split import write_layers
 
@@ -77,7 +79,7 @@ def parts(tmp_path_factory) -> Path:
 
 def edge(parts: Path, out: Path, exits: list[dict[str, Any]], **settings: Any) -> Path:
     """An edge with untrained exits, the last behind its layers."""
-    config = EarlyExitConfig.model_validate({"exits": exits})
+    config = EarlyExitConfig.model_validate({"exits": exits, "compaction": "always"})
     torch.manual_seed(0)
     tensors = {
         f"model.exits.{index}.{name}": value
@@ -110,6 +112,11 @@ def clouded(parts: Path, monkeypatch: Any) -> Iterator[tuple[Server, Upper]]:
         server.stop()
 
 
+def service(server: Server) -> CloudService:
+    found: CloudService = server.app.state.effplugin_cloud
+    return found
+
+
 def prompts(count: int = 6) -> list[list[int]]:
     generator = np.random.default_rng(0)
     return [
@@ -136,28 +143,175 @@ def answered(found: Any) -> dict[str, int]:
     return {name: number for name, number in origins.items() if number}
 
 
-EXITS = [{"depth": 2, "gate": "rate", "threshold": 0.6}, {"depth": 5, "gate": "rate"}]
+def until_up(llm: Any) -> None:
+    """The first question is asked where there is somebody to answer."""
+    until(lambda: answered(generate(llm, {"cloud_mode": "cloud"}, 1)[0]) == {"cloud": TOKENS})
 
 
-def test_every_token_from_the_cloud_is_the_whole_models(parts, tmp_path, monkeypatch):
-    with clouded(parts, monkeypatch) as (server, _):
-        model = edge(parts, tmp_path / "edge", EXITS, mode="cloud")
-        with engine(model, max_num_batched_tokens=64) as llm:
+def rates(first: float, last: float) -> list[dict[str, Any]]:
+    """Exits at which pseudo-random shares of the tokens stay."""
+    return [
+        {"depth": 2, "gate": "rate", "threshold": first},
+        {"depth": PARTITION, "gate": "rate", "threshold": last},
+    ]
+
+
+@contextmanager
+def edge_and_cloud(
+    parts: Path,
+    folder: Path,
+    monkeypatch: Any,
+    exits: list[dict[str, Any]],
+    options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Iterator[tuple[Any, Server, Upper]]:
+    """Both, connected, and with nothing said yet that counts."""
+    with clouded(parts, monkeypatch) as (server, upper):
+        model = edge(parts, folder / "edge", exits, **settings)
+        with engine(model, **(options or {})) as llm:
             until_up(llm)
-            found = generate(llm, {})
-            whole = Whole(parts / "whole")
+            settle(llm, server)
+            service(server).contexts.totals = Totals()
+            upper.said.clear()
+            yield llm, server, upper
+
+
+def check_said(found: list[Any], whole: Whole, upper: Upper) -> None:
+    """Each token of the cloud is what the whole model says after the same words."""
+    expected = set()
+    for ids, each in zip(prompts(), found, strict=True):
+        for token in each.outputs[0].token_ids:
+            expected.add((len(ids) - 1, whole.run(ids)[1]))
+            ids = [*ids, token]
+    assert upper.said
+    assert set(upper.said) <= expected
+
+
+def settle(llm: Any, server: Server) -> None:
+    """All sessions are closed. That a request ended, workers learn with the step after it."""
+    llm.llm_engine.step()
+    until(lambda: not len(service(server).contexts))
+
+
+SMALL = {
+    "max_num_batched_tokens": 48,
+    "max_model_len": 128,
+    "num_gpu_blocks_override": 9,
+    "block_size": 32,
+}
+"""Prompts in chunks, and room for so few that requests are preempted."""
+
+
+@pytest.mark.parametrize("options", [{}, SMALL], ids=["roomy", "small"])
+def test_every_token_from_the_cloud_is_the_whole_models(parts, tmp_path, monkeypatch, options):
+    exits = rates(0.6, 0.5)
+    with edge_and_cloud(parts, tmp_path, monkeypatch, exits, options) as (llm, server, _):
+        whole, totals = Whole(parts / "whole"), service(server).contexts.totals
+        # At a threshold of 1 no exit is sure enough.
+        for extra in ({"cloud_mode": "cloud"}, {"exit_threshold": 1.0}):
+            found = generate(llm, extra)
             for ids, each in zip(prompts(), found, strict=True):
                 for token in each.outputs[0].token_ids:
                     assert whole.run(ids)[1] == token
                     ids = [*ids, token]
                 assert answered(each) == {"cloud": TOKENS}
-            totals = server.app.state.effplugin_cloud.contexts.totals
-            positions = sum(map(len, prompts())) + 6 * (TOKENS - 1)
-            assert (totals.received, totals.repeated) == (positions, 0)
-            assert (totals.computed, totals.recomputed) == (positions, 0)
-            until(lambda: totals.closed == 6)
+        positions = 2 * (sum(map(len, prompts())) + 6 * (TOKENS - 1))
+        assert (totals.received, totals.repeated) == (positions, 0)
+        assert (totals.computed, totals.recomputed) == (positions, 0)
+        settle(llm, server)
+        assert totals.closed == totals.opened == 12
 
 
-def until_up(llm: Any) -> None:
-    """The first question is asked where there is somebody to answer."""
-    until(lambda: answered(generate(llm, {"cloud_mode": "cloud"}, 1)[0]) == {"cloud": TOKENS})
+@pytest.mark.parametrize("options", [{}, SMALL], ids=["roomy", "small"])
+def test_what_left_on_the_edge_is_not_missing_in_the_cloud(parts, tmp_path, monkeypatch, options):
+    exits = rates(0.6, 0.5)
+    with edge_and_cloud(parts, tmp_path, monkeypatch, exits, options) as (llm, server, upper):
+        found = generate(llm, {})
+        origins = sum((Counter(answered(each)) for each in found), Counter())
+        assert set(origins) == {"edge", "cloud"}
+        assert origins["edge"] > 10
+        assert origins["cloud"] > 10
+        check_said(found, Whole(parts / "whole"), upper)
+        totals = service(server).contexts.totals
+        assert totals.repeated == totals.recomputed == 0
+        assert totals.computed <= totals.received <= sum(map(len, prompts())) + 6 * (TOKENS - 1)
+        left = llm.collective_rpc("loop_counters")[0]
+        assert left["left"] > 10
+        assert left["recomputed"] > 5
+        settle(llm, server)
+
+
+def test_an_edge_alone_asks_nobody(parts, tmp_path, monkeypatch):
+    exits = rates(0.6, 0.5)
+    with edge_and_cloud(parts, tmp_path, monkeypatch, exits) as (llm, server, upper):
+        alone = generate(llm, {"cloud_mode": "standalone"})
+        assert all(answered(each) == {"edge": TOKENS} for each in alone)
+        assert not upper.said
+        assert service(server).contexts.totals.opened == 0
+        lower = AutoModelForCausalLM.from_pretrained(parts / "lower", dtype=torch.float32).eval()
+        whole = generate(llm, {"cloud_mode": "standalone", "exit_threshold": 1.0})
+        for ids, each in zip(prompts(), whole, strict=True):
+            with torch.inference_mode():
+                best = lower.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)
+            assert best[0, len(ids) :].tolist() == list(each.outputs[0].token_ids)
+
+
+def test_without_a_cloud_the_edge_goes_on(parts, tmp_path, monkeypatch):
+    exits = rates(0.6, 0.5)
+    with edge_and_cloud(parts, tmp_path, monkeypatch, exits) as (llm, server, upper):
+        alone = [each.outputs[0].token_ids for each in generate(llm, {"cloud_mode": "standalone"})]
+        server.stop()
+        found = generate(llm, {"cloud_mode": "cloud", "exit_threshold": 1.0})
+        assert all(answered(each) == {"link": TOKENS} for each in found)
+        found = generate(llm, {})
+        assert [each.outputs[0].token_ids for each in found] == alone
+        server.start()
+        until_up(llm)
+        # Gone in the middle of it: nobody hangs, and what is said before and after is right.
+        upper.said.clear()
+        gone = threading.Timer(0.3, server.stop)
+        upper.pause = 0.01
+        gone.start()
+        found = generate(llm, {"cloud_mode": "cloud"})
+        gone.join()
+        origins = sum((Counter(answered(each)) for each in found), Counter())
+        assert set(origins) == {"link", "cloud"}
+        check_said(found, Whole(parts / "whole"), upper)
+
+
+def test_slow_clouds_are_not_waited_for(parts, tmp_path, monkeypatch):
+    exits = rates(1.0, 1.0)
+    settings = {"mode": "cloud", "deadline_s": 0.3}
+    with edge_and_cloud(parts, tmp_path, monkeypatch, exits, **settings) as (llm, _, upper):
+        upper.pause = 0.4
+        [found] = generate(llm, {}, 1)
+        origins = answered(found)
+        assert "cloud" not in origins
+        assert origins["deadline"] >= 1
+        upper.pause = 0.0
+        until_up(llm)
+
+
+def test_what_the_cloud_cannot_heed_is_refused(parts, tmp_path, monkeypatch):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    monkeypatch.setenv(CLOUD_URL, "http://127.0.0.1:9")  # nobody
+    model = edge(parts, tmp_path / "edge", rates(1.0, 1.0))
+    with engine(model) as llm:
+        refused = [
+            ({"repetition_penalty": 1.2}, "repetition_penalty.*standalone"),
+            ({"min_tokens": 3, "max_tokens": 5}, "min_tokens.*standalone"),
+            ({"logprobs": 1}, "logprobs"),
+            ({"extra_args": {"cloud_mode": "sometimes"}}, "cloud_mode"),
+            ({"extra_args": {"cloud_mood": "cloud"}}, "cloud_mood"),
+        ]
+        for settings, named in refused:
+            with pytest.raises(VLLMValidationError, match=named):
+                llm.generate({"prompt_token_ids": [3, 4]}, SamplingParams(**settings))
+        params = SamplingParams(
+            temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False,
+            repetition_penalty=1.2, extra_args={"cloud_mode": "standalone"},
+        )  # fmt: skip
+        [found] = llm.generate({"prompt_token_ids": [3, 4]}, params)
+        assert answered(found) == {"edge": TOKENS}

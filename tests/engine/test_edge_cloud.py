@@ -52,7 +52,7 @@ def split(folder: Path, family: str) -> tuple[Path, Path]:
     whole, upper = make_checkpoint(folder / "whole", family), folder / "upper"
     upper.mkdir()
     write_layers(whole, upper, PARTITION, LAYERS)
-    config = CloudConfig(model=model_name(whole), partition=PARTITION)
+    config = CloudConfig(role="cloud", model=model_name(whole), partition=PARTITION)
     efficiency = EfficiencyConfig(edge_cloud=config)
     write_checkpoint(upper, folder / "cloud", efficiency, provenance={}, copy=True)
     return whole, folder / "cloud"

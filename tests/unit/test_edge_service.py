@@ -66,7 +66,9 @@ class FakeEngine:
 
 
 def make(**limits: Any) -> CloudService:
-    config = CloudConfig.model_validate({"model": "m", "partition": 3, "limits": limits})
+    config = CloudConfig.model_validate(
+        {"role": "cloud", "model": "m", "partition": 3, "limits": limits}
+    )
     return CloudService(config, FakeEngine())
 
 

@@ -78,7 +78,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             )
             params = VERIFYING_EXIT_PARAMS if verifies(vllm_config) else EXIT_PARAMS
             if isinstance(efficiency.edge_cloud, EdgeConfig):
-                refusals.on_an_edge(vllm_config)
+                refusals.on_an_edge(vllm_config, efficiency.edge_cloud.mode)
                 # What a step gives decides who takes part in the next one.
                 vllm_config.scheduler_config.async_scheduling = False
                 params = EDGE_PARAMS[efficiency.edge_cloud.mode]

@@ -7,13 +7,14 @@ admitted. These do nothing else. Each runner has an interface of its own (`param
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 
-from vllm_effplugin.engine.settings import STATES, VERIFY
+from vllm_effplugin.engine.settings import CLOUD_URL, STATES, VERIFY
 from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.early_exit.request import parse_exit_request
 from vllm_effplugin.techniques.edge_cloud.config import EdgeConfig
@@ -71,7 +72,10 @@ class StandaloneEdgeParamsV1(ExitParamsV1):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         super().validate_params(sampling_params)
         try:
-            check_sampling(sampling_params, requested_mode(cls.config, sampling_params.extra_args))
+            mode = requested_mode(cls.config, sampling_params.extra_args)
+            check_sampling(sampling_params, mode)
+            if mode != "standalone" and not os.environ.get(CLOUD_URL):
+                raise ConfigError(f"cloud_mode: {mode!r} needs a server with {CLOUD_URL} set")
         except ConfigError as error:
             raise VLLMValidationError(str(error)) from None
 

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from vllm_effplugin.config import CLASSIFIERS
 from vllm_effplugin.engine.settings import (
+    CLOUD_URL,
     SCHEDULER,
     UNTESTED,
     VERIFY,
@@ -188,8 +189,17 @@ def with_skipped_states(vllm_config: VllmConfig) -> None:
         )
 
 
-def on_an_edge(vllm_config: VllmConfig) -> None:
-    """What the lower layers of a split model do not support, beyond early exit's own."""
+def on_an_edge(vllm_config: VllmConfig, mode: str) -> None:
+    """What the lower layers of a split model do not support, beyond early exit's own.
+
+    Args:
+        mode: of the server.
+    """
+    if mode != "standalone" and not os.environ.get(CLOUD_URL):
+        raise UnsupportedError(
+            f"an edge in mode {mode!r} has to know its cloud: set {CLOUD_URL} to the cloud's URL, "
+            "or `mode` in `edge_cloud` of the efficiency block to `standalone`"
+        )
     if vllm_config.use_v2_model_runner:
         raise UnsupportedError(
             "vLLM's model runner V2 is not supported with `edge_cloud` yet, where no request has "

@@ -18,6 +18,8 @@ from vllm.v1.request import Request
 from vllm_effplugin.engine.counters import publish_for
 from vllm_effplugin.engine.settings import ANSWERS, STATES, efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
+from vllm_effplugin.techniques.edge_cloud.config import EdgeConfig
+from vllm_effplugin.techniques.edge_cloud.request import requested_mode
 from vllm_effplugin.techniques.joint_exit import request as exit_request
 from vllm_effplugin.techniques.multiplex import request as mux_request
 from vllm_effplugin.techniques.multiplex.queue import Admission, Room, Waiting
@@ -126,6 +128,17 @@ class _ParkedRequests(_SaltedRequests):
     def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, **kwargs)
         self._origins: dict[str, Counter[str]] = {}
+        edge = self._efficiency.edge_cloud
+        assert isinstance(edge, EdgeConfig)
+        self._edge = edge
+
+    def _policy(self, request: Request) -> str | None:
+        params = request.sampling_params
+        if requested_mode(self._edge, params.extra_args if params else None) == "standalone":
+            return super()._policy(request)
+        # The cloud needs all hidden states, and the cache has none: only what ran in this request's
+        # own name may be found there again.
+        return f"edge_cloud:{request.request_id}"
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -135,6 +148,8 @@ class _ParkedRequests(_SaltedRequests):
             if request is None or request.is_finished():
                 continue
             self._origins.setdefault(name, Counter())[answer["origin"]] += 1
+            if answer["token"] is None:  # the step has its own
+                continue
             scheduler_output.num_scheduled_tokens[name] = 1
             request.num_in_flight_tokens += 1
             model_runner_output.req_id_to_index[name] = len(model_runner_output.req_ids)

@@ -24,7 +24,12 @@ EDGE_PARAMS = {
     for mode in ("standalone", "collaborative", "cloud")
 }
 ANSWERS = "effplugin_answers"
-"""Attribute of a step's output: what requests that were parked go on with."""
+"""Attribute of a step's output: for requests that were parked the token that they go on with, and
+where it is from; without a token for those that should have been, and were not.
+"""
+
+CLOUD_URL, CLOUD_KEY = "EFFPLUGIN_CLOUD_URL", "EFFPLUGIN_CLOUD_API_KEY"
+"""Environment variables of an edge: where its cloud is, and the key that opens it."""
 
 STATES = "effplugin_states"
 """Extra argument that carries hidden states, fp32 as bytes, to the cloud of a split model."""

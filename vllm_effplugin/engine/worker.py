@@ -96,6 +96,7 @@ class EffpluginWorker(Worker):
             # The runner holds its own token; the request is not in its batch, which is made anew
             # from this.
             self.model_runner.requests[name].output_token_ids[-1] = answer.token
+        given = {name: vars(answer) for name, answer in answers.items()}
         questions: dict[str, Question] = self._exits.questions
         output = copy(output)  # an empty one is shared, and the scheduler adds what came
         output.req_ids, output.req_id_to_index = list(output.req_ids), dict(output.req_id_to_index)
@@ -103,11 +104,15 @@ class EffpluginWorker(Worker):
         for name, question in questions.items():
             place = output.req_id_to_index[name]
             tokens = output.sampled_token_ids[place]
-            if tokens and desk.park(name, question, tokens[-1]):
+            if not tokens:
+                continue
+            if desk.park(name, question, tokens[-1]):
                 output.sampled_token_ids[place] = []
+            else:
+                given[name] = {"token": None, "origin": "link"}
         questions.clear()
         desk.flush()
-        setattr(output, ANSWERS, {name: vars(answer) for name, answer in answers.items()})
+        setattr(output, ANSWERS, given)
         return output
 
     def compile_or_warm_up_model(self) -> Any:

@@ -69,10 +69,9 @@ class Gate(nn.Module):
 class MambaGate(nn.Module):
     """Goes by the tokens before as well: a Mamba-2 mixer between a linear map down and the logit.
 
-        u = silu(W rms(h) + b),  z, m, dt = P u,  y = mixer(m, dt),  logit = v [u; norm(y silu(z))]
+        u = W rms(h) + b,    z, m, dt = P u,    y = mixer(m, dt),    logit = v [u; norm(y silu(z))]
 
-    Of the token itself it knows what an `mlp` gate of its width does. A mixer's output projection
-    would be followed by `v` and nothing else, so the two are one.
+    A mixer's output projection would be followed by `v` and nothing else, so the two are one.
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
@@ -124,7 +123,7 @@ class MambaGate(nn.Module):
 
     def _driven(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """`u`, `z`, and what drives the state: `m` `[..., C]` and `dt` `[..., H]`."""
-        reduced = functional.silu(self.reduce(_unit(hidden)))
+        reduced = self.reduce(_unit(hidden))
         return reduced, *self.project(reduced).split(self._sizes, -1)
 
     def _logit(self, reduced: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -170,7 +169,7 @@ class MambaGates(nn.Module):
         assert self.states is not None
         shape, count = self.shape, len(hidden)
         states = torch.stack([_unit(each) for each in hidden])
-        reduced = functional.silu(torch.baddbmm(self.reduce_bias, states, self.reduce))
+        reduced = torch.baddbmm(self.reduce_bias, states, self.reduce)
         projected = torch.bmm(reduced, self.project)
         gate, mixed, dt = projected.split([shape.inner, shape.channels, shape.heads], -1)
         y = self.states(*(part.transpose(0, 1).flatten(1) for part in (mixed, dt)))

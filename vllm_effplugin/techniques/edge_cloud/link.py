@@ -148,6 +148,7 @@ class Link:
         self._commands: deque[tuple[Any, ...]] = deque()
         self._answers: deque[Outcome] = deque()
         self._waiting: dict[str, tuple[int, float]] = {}
+        self._added: dict[str, int] = {}
         self._talks: dict[str, _Talk] = {}
         self._by_session: dict[bytes, str] = {}
         self._closed: list[bytes] = []
@@ -167,8 +168,17 @@ class Link:
         return self.state == "up"
 
     def add(self, request: str, position: int, states: np.ndarray) -> None:
-        """Hand over `[n, d]` hidden states of a request's positions from `position` on."""
-        self._commands.append(("add", request, position, states))
+        """Hand over `[n, d]` hidden states of a request's positions from `position` on.
+
+        Those that were handed over before are left out: after a preemption they run again.
+        """
+        known = self._added.get(request, 0)
+        if position > known:
+            raise RuntimeError(f"hidden states of positions {known} to {position} are missing")
+        new = states[known - position :]
+        if len(new):
+            self._added[request] = known + len(new)
+            self._commands.append(("add", request, known, new))
 
     def ask(self, request: str, position: int, sampling: Mapping[str, Any]) -> None:
         """Ask for the token behind a position. What lies before it has been handed over."""
@@ -178,6 +188,7 @@ class Link:
     def close(self, request: str) -> None:
         """A request has ended."""
         self._waiting.pop(request, None)
+        self._added.pop(request, None)
         self._commands.append(("close", request))
 
     def flush(self) -> None:

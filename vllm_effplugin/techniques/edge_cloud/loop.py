@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 
 from vllm_effplugin.engine.batch import Rows
 from vllm_effplugin.engine.segments import joined, run_units
+from vllm_effplugin.engine.settings import CLOUD_KEY, CLOUD_URL
 from vllm_effplugin.plan import Plan
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.exits import Exit
@@ -34,13 +34,6 @@ from vllm_effplugin.techniques.edge_cloud.request import requested_mode, samplin
 if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
-
-logger = init_logger(f"vllm.{__name__}")
-
-CLOUD_URL = "EFFPLUGIN_CLOUD_URL"
-CLOUD_KEY = "EFFPLUGIN_CLOUD_API_KEY"
-ALONE = np.inf
-"""Instead of a request's last threshold: its tokens are never asked for."""
 
 
 def _to_partition(
@@ -95,7 +88,7 @@ class EdgeLoop(ExitLoop):
         self.plain = self._ending(self._run_plain)
         self.whole = self._whole_ending
         slots = len(self._thresholds)
-        # The confidence below which a token is asked for; `ALONE` where none is.
+        # The confidence below which a token is asked for.
         self._sure = np.full(slots, -np.inf)
         self._mode = np.zeros(slots, dtype=np.int8)
         self._sampling: list[dict[str, Any]] = [{} for _ in range(slots)]
@@ -129,8 +122,7 @@ class EdgeLoop(ExitLoop):
     def attach(self, source: Any, model: Any) -> None:
         super().attach(source, model)
         url = os.environ.get(CLOUD_URL)
-        if not url:
-            logger.warning("no cloud: %s is not set, so this edge answers alone", CLOUD_URL)
+        if not url:  # all requests are `standalone`
             return
         self.link = Link(
             LinkSettings(
