@@ -556,6 +556,42 @@ CONTRACT: tuple[Interface, ...] = (
         )
         for module in ("vllm", "vllm.pooling_params")
     ),
+    *(
+        Interface("vllm.engine.protocol", name, "the cloud's route", names)
+        for name, names in (("EngineClient", ()), ("StreamingInput", ("prompt", "sampling_params")))
+    ),
+    Interface(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.generate",
+        "sessions of the cloud",
+        ("prompt", "sampling_params", "request_id"),
+    ),
+    Interface(
+        "vllm.inputs.engine",
+        "tokens_input",
+        "sessions of the cloud",
+        ("prompt_token_ids", "cache_salt"),
+    ),
+    Interface("vllm.sampling_params", "RequestOutputKind.DELTA", "sessions of the cloud"),
+    Interface("vllm.tasks", "SupportedTask", "the cloud's route"),
+    Interface(
+        "vllm.plugins.endpoint_plugins.interface",
+        "EndpointPlugin.init_state",
+        "the cloud's route",
+        ("engine_client", "state", "args"),
+    ),
+    Interface(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._update_request_as_session",
+        "hidden states in streaming input",
+        ("session", "update"),
+    ),
+    Interface(
+        "vllm.v1.outputs",
+        "ModelRunnerOutput",
+        "tokens from elsewhere",
+        ("req_ids", "req_id_to_index", "sampled_token_ids"),
+    ),
     Interface("vllm.renderers", "BaseRenderer", "requests with options"),
     Interface("vllm", "PoolingRequestOutput", "answers with options", ("outputs",)),
     Interface("vllm.config", "ModelConfig", "classifiers", ("io_processor_plugin",)),

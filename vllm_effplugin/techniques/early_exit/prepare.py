@@ -200,7 +200,7 @@ def prepare(
     if request.tune is not None:
         base, tuning = _tune(model, dtype, depths, request.tune, text, work)
     everything = request.config(depths, [0.5] * len(depths))
-    tensors, choosing, held_out, losses = _train(base, dtype, everything, text, request, work)
+    tensors, choosing, held_out, losses = train_exits(base, dtype, everything, text, request, work)
 
     machine = work.result("machine", Machine)
     if machine is None:
@@ -224,7 +224,7 @@ def prepare(
     config, forecasts = _decide(promise, chosen, held_out, machine, depths, request)
     frontier = list(_frontier(path, chosen, held_out, machine, depths, request))
 
-    reports = _reports(everything, chosen, promise, held_out)
+    reports = exit_reports(everything, chosen, promise, held_out)
     if tuning is not None:
         console.print(
             f"The tuned model without exits says what the original says for {tuning.agreement:.1%} "
@@ -356,7 +356,7 @@ def _tune(
     return folder, result
 
 
-def _train(
+def train_exits(
     model: Path,
     dtype: torch.dtype,
     config: EarlyExitConfig,
@@ -538,7 +538,7 @@ def _frontier(
         )
 
 
-def _reports(
+def exit_reports(
     config: EarlyExitConfig, chosen: Sequence[int], promise: Promise | None, held_out: Sample
 ) -> list[ExitReport]:
     """A line per exit that was trained."""

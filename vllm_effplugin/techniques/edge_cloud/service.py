@@ -62,10 +62,25 @@ class Stream(Protocol):
 class Engine(Protocol):
     """What runs the upper layers."""
 
-    hidden_size: int
-    most_streams: int
-    most_blocks: int
-    block_size: int
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a hidden state."""
+        ...
+
+    @property
+    def most_streams(self) -> int:
+        """Requests that it holds at a time."""
+        ...
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of its cache."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Positions of a block."""
+        ...
 
     def open(self, name: str, salt: str) -> Stream:
         """A request without any position yet.
