@@ -139,6 +139,48 @@ def test_refused_with_recurrent_states(tiny, family, efficiency, options, named)
         build(tiny(family), family, efficiency=efficiency, **options)
 
 
+CLOUD = {"edge_cloud": {"role": "cloud", "model": "m", "partition": 3}}
+EDGE = {
+    "early_exit": {"exits": [{"depth": 4}, {"depth": 12}]},
+    "edge_cloud": {"role": "edge", "model": "m", "layers": 24, "mode": "standalone"},
+}
+
+
+def edge(**changes):
+    """The same with changes of its `edge_cloud`, or of its `early_exit`."""
+    return {name: {**section, **changes.get(name, {})} for name, section in EDGE.items()}
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "options", "named"),
+    [
+        (CLOUD, {"enable_lora": True}, "--enable-lora.*`edge_cloud`"),
+        (CLOUD, {"speculative_config": NGRAM}, "--speculative-config.*`edge_cloud`"),
+        (CLOUD, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*`edge_cloud`"),
+        (CLOUD, {"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*`edge_cloud`"),
+        ({**CLOUD, **EXITS}, {}, "role `cloud` and efficiency.early_exit"),
+        ({**CLOUD, **PAIRS}, {}, "role `cloud` and efficiency.layer_parallel"),
+        (EDGE, {"tensor_parallel_size": 2}, "--tensor-parallel-size > 1.*an edge"),
+        (EDGE, {"async_scheduling": True}, "--async-scheduling.*an edge"),
+        (EDGE, {"speculative_config": VERIFY}, "verified early exits.*an edge"),
+        (edge(edge_cloud={"mode": "collaborative"}), {}, "has to know its cloud.*EFFPLUGIN_CLOUD"),
+        (edge(edge_cloud={"layers": 12}), {}, "12 layers in all leave none"),
+        (edge(early_exit={"exits": [{"depth": 4}, {"depth": 8}]}), {}, "behind all 12 layers"),
+        (edge(early_exit={"exits": [{"depth": 12}]}), {}, "two exits or more"),
+        (edge(early_exit={"cache": "propagate"}), {}, "'propagate'.*on an edge.*`recompute`"),
+        (
+            edge(early_exit={"exits": [{"depth": 4, "gate": "mamba"}, {"depth": 12}]}),
+            {},
+            "gates `mamba`.*on an edge",
+        ),
+    ],
+)
+def test_parts_of_split_models_are_refused(tiny, monkeypatch, efficiency, options, named):
+    monkeypatch.delenv("EFFPLUGIN_CLOUD_URL", raising=False)
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        build(tiny(), efficiency=efficiency, **options)
+
+
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory):
     """A Llama with untrained gates that keep states."""
