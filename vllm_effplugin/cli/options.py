@@ -43,6 +43,17 @@ WorkDir = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")]
 
+# Of preparations that train exits of language models.
+ExitConfidence = Annotated[
+    float, typer.Option(help="Of that promise, on text like the held-out one.")
+]
+AdapterTokens = Annotated[
+    int, typer.Option(help="Tokens of distillation per adapter; 0: least squares alone.", min=0)
+]
+GateEpochs = Annotated[int, typer.Option(help="Passes over the text for gates.", min=1)]
+TextTokens = Annotated[int, typer.Option(help="Most tokens to train and choose on.", min=1)]
+HeldOutTokens = Annotated[int, typer.Option(help="Tokens on which the promise is tested.", min=1)]
+
 # Of preparations on labelled texts.
 Train = Annotated[
     str,

@@ -8,6 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from vllm_effplugin.cli.options import (
+    AdapterTokens,
+    ExitConfidence,
+    GateEpochs,
+    HeldOutTokens,
     Model,
     Out,
     Overwrite,
@@ -15,6 +19,7 @@ from vllm_effplugin.cli.options import (
     Seed,
     SequenceLength,
     Text,
+    TextTokens,
     WorkDir,
     WorkingPrecision,
     in_options,
@@ -92,19 +97,15 @@ def early_exit(
     min_agreement: Annotated[
         float, typer.Option(help="Share of tokens that have to be the full model's.")
     ] = 0.95,
-    confidence: Annotated[
-        float, typer.Option(help="Of that promise, on text like the held-out one.")
-    ] = 0.95,
+    confidence: ExitConfidence = 0.95,
     batches: Annotated[
         str, typer.Option(help="Batch sizes for which speed is forecast.")
     ] = "1,8,32",
     top_k: Annotated[
         int, typer.Option(help="Gates learn whether the exit's token is among the model's top k.")
     ] = 1,
-    adapter_tokens: Annotated[
-        int, typer.Option(help="Tokens of distillation per adapter; 0: least squares alone.", min=0)
-    ] = 32768,
-    gate_epochs: Annotated[int, typer.Option(help="Passes over the text for gates.", min=1)] = 20,
+    adapter_tokens: AdapterTokens = 32768,
+    gate_epochs: GateEpochs = 20,
     tune_backbone: Annotated[
         Backbone, typer.Option(help="Teach early layers to say what the last one says (LayerSkip).")
     ] = Backbone.none,
@@ -118,12 +119,8 @@ def early_exit(
         float, typer.Option(help="How often that drops the last layer; others less often.")
     ] = 0.1,
     text: Text = None,
-    text_tokens: Annotated[
-        int, typer.Option(help="Most tokens to train and choose on.", min=1)
-    ] = 65536,
-    held_out_tokens: Annotated[
-        int, typer.Option(help="Tokens on which the promise is tested.", min=1)
-    ] = 32768,
+    text_tokens: TextTokens = 65536,
+    held_out_tokens: HeldOutTokens = 32768,
     sequence_length: SequenceLength = 256,
     keep_exits: Annotated[
         bool, typer.Option("--keep-exits", help="Write all exits, even where none pays.")

@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 from vllm_effplugin.cli.options import (
+    AdapterTokens,
+    ExitConfidence,
+    GateEpochs,
+    HeldOutTokens,
     Model,
     Out,
     Overwrite,
@@ -15,6 +19,7 @@ from vllm_effplugin.cli.options import (
     Seed,
     SequenceLength,
     Text,
+    TextTokens,
     WorkDir,
     WorkingPrecision,
     in_options,
@@ -71,9 +76,7 @@ def edge_cloud(
     min_agreement: Annotated[
         float, typer.Option(help="Share of tokens that have to be the whole model's.")
     ] = 0.9,
-    confidence: Annotated[
-        float, typer.Option(help="Of that promise, on text like the held-out one.")
-    ] = 0.95,
+    confidence: ExitConfidence = 0.95,
     mode: Annotated[
         EdgeMode, typer.Option(help="Of the server; requests may choose another.")
     ] = EdgeMode.collaborative,
@@ -83,17 +86,11 @@ def edge_cloud(
     deadline: Annotated[
         float, typer.Option(help="Seconds after which the edge takes its own token.")
     ] = 1.0,
-    adapter_tokens: Annotated[
-        int, typer.Option(help="Tokens of distillation per adapter; 0: least squares alone.", min=0)
-    ] = 32768,
-    gate_epochs: Annotated[int, typer.Option(help="Passes over the text for gates.", min=1)] = 20,
+    adapter_tokens: AdapterTokens = 32768,
+    gate_epochs: GateEpochs = 20,
     text: Text = None,
-    text_tokens: Annotated[
-        int, typer.Option(help="Most tokens to train and choose on.", min=1)
-    ] = 65536,
-    held_out_tokens: Annotated[
-        int, typer.Option(help="Tokens on which the promise is tested.", min=1)
-    ] = 32768,
+    text_tokens: TextTokens = 65536,
+    held_out_tokens: HeldOutTokens = 32768,
     sequence_length: SequenceLength = 256,
     precision: WorkingPrecision = Precision.auto,
     seed: Seed = 0,
