@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.test_edge_cloud import PARTITION, Whole
 from tests.tiny import LAYERS, VOCAB, engine, make_checkpoint
-from tests.unit.test_edge_link import Server, until
+from tests.unit.test_edge_link import Server, service, until
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.settings import CLOUD_URL
@@ -110,11 +110,6 @@ def clouded(parts: Path, monkeypatch: Any) -> Iterator[tuple[Server, Upper]]:
         yield server, upper
     finally:
         server.stop()
-
-
-def service(server: Server) -> CloudService:
-    found: CloudService = server.app.state.effplugin_cloud
-    return found
 
 
 def prompts(count: int = 6) -> list[list[int]]:

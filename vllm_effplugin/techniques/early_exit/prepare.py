@@ -282,14 +282,23 @@ def _check_servable(
         raise UnsupportedError(
             f"--tune-backbone is not supported on {architecture} yet: leave it at `none`"
         )
-    if len(set(config.get("layer_types") or ())) > 1:
-        raise UnsupportedError(
-            f"{model} mixes kinds of attention layers, which early exit does not support"
-        )
+    check_one_kind(model, config)
     if torch.cuda.is_available():
         raise UnsupportedError(
             "early exit is served on CPUs only so far: prepare it on the CPU machine that will "
             "serve it (its costs decide which exits pay), or set CUDA_VISIBLE_DEVICES="
+        )
+
+
+def check_one_kind(model: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose layers do not all share one set of cache blocks.
+
+    Raises:
+        UnsupportedError: naming the model.
+    """
+    if len(set(config.get("layer_types") or ())) > 1:
+        raise UnsupportedError(
+            f"{model} mixes kinds of attention layers, which early exit does not support"
         )
 
 

@@ -51,10 +51,6 @@ class Desk:
         self._parked: dict[str, tuple[int, int]] = {}
         self._asked: dict[str, int] = {}
         self._told: dict[str, Outcome] = {}
-        self.waited = self.computed = 0.0
-
-    def __len__(self) -> int:
-        return len(self._parked)
 
     def park(self, request: str, question: Question, own: int) -> bool:
         """Ask the cloud, unless that makes no sense now.
@@ -80,8 +76,6 @@ class Desk:
     def answers(self) -> dict[str, Answer]:
         """Requests that wait no longer."""
         for outcome in self._link.poll():
-            self.waited += outcome.waited
-            self.computed += outcome.computed
             self._told[outcome.request] = outcome
             self._asked.pop(outcome.request, None)
         found: dict[str, Answer] = {}

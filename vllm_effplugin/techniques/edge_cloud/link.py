@@ -243,7 +243,7 @@ class Link:
         ) as client:
             probing = asyncio.ensure_future(self._probe(client))
             try:
-                while await self._obey():
+                while self._obey():
                     if self.up:
                         self._send(client)
                     await self._wake.wait()
@@ -252,7 +252,7 @@ class Link:
                 for task in (probing, *self._tasks):
                     task.cancel()
 
-    async def _obey(self) -> bool:
+    def _obey(self) -> bool:
         """Take in what the engine's thread said; whether to go on."""
         while self._commands:
             match self._commands.popleft():

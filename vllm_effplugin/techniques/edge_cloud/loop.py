@@ -84,13 +84,12 @@ class EdgeLoop(ExitLoop):
         self.last: Exit = trunk.exits[-1]
         self._at_partition: tuple[Tensor, Tensor | None] | None = None
         self.segments[-1] = self._ending(self.segments[-1])
-        self._run_plain, self._run_whole = self.plain, self.whole
-        self.plain = self._ending(self._run_plain)
-        self.whole = self._whole_ending
+        self.plain = self._ending(self.plain)
+        self._run_whole, self.whole = self.whole, self._whole_ending
         slots = len(self._thresholds)
         # The confidence below which a token is asked for.
         self._sure = np.full(slots, -np.inf)
-        self._mode = np.zeros(slots, dtype=np.int8)
+        self._uploads = np.zeros(slots, dtype=bool)
         self._sampling: list[dict[str, Any]] = [{} for _ in range(slots)]
         self.questions: dict[str, Question] = {}
         self.link: Link | None = None
@@ -146,9 +145,10 @@ class EdgeLoop(ExitLoop):
             last = np.inf
         else:
             last = self.last.comparable(last)
-        self._mode[slot] = mode != "standalone"
-        self._sure[slot] = last if self._mode[slot] else -np.inf
-        self._sampling[slot] = sampling_for_the_cloud(params) if self._mode[slot] else {}
+        asks = mode != "standalone"
+        self._uploads[slot] = asks
+        self._sure[slot] = last if asks else -np.inf
+        self._sampling[slot] = sampling_for_the_cloud(params) if asks else {}
 
     # --- A step ----------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class EdgeLoop(ExitLoop):
     def _upload(
         self, link: Link, batch: Batch, rows: Rows, names: list[str], state: Tensor
     ) -> None:
-        wanted = self._mode[rows.slots[batch.rows]] > 0
+        wanted = self._uploads[rows.slots[batch.rows]]
         if not wanted.any():
             return
         states = state.float().cpu().numpy()

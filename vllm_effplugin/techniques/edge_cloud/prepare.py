@@ -30,8 +30,10 @@ from vllm_effplugin.preparation.base import check_base, find_text, fingerprint, 
 from vllm_effplugin.preparation.plot import new_axes, to_png
 from vllm_effplugin.preparation.workdir import WorkDirectory
 from vllm_effplugin.techniques.early_exit.config import NEVER
+from vllm_effplugin.techniques.early_exit.passage import STAYS
 from vllm_effplugin.techniques.early_exit.prepare import (
     PrepareRequest,
+    check_one_kind,
     exit_reports,
     train_exits,
 )
@@ -224,10 +226,7 @@ def _check(model: Path, request: SplitRequest) -> None:
             f"{config['architectures'][0]} cannot be split: supported are "
             f"{', '.join(LANGUAGE_MODELS)}"
         )
-    if len(set(config.get("layer_types") or ())) > 1:
-        raise UnsupportedError(
-            f"{model} mixes kinds of attention layers, which early exit does not support"
-        )
+    check_one_kind(model, config)
     if torch.cuda.is_available():
         raise UnsupportedError(
             "an edge is served on CPUs only so far: prepare it on a CPU machine, or set "
@@ -243,23 +242,17 @@ def _frontier(path: PricePath, held_out: Sample) -> list[Frontier]:
         points.append(
             Frontier(
                 agreement=1 - float(held_out.wrong(fires).mean()),
-                asked=_asked(fires, held_out),
+                asked=float(np.mean(fires == STAYS)),
                 first=float(np.mean(fires == 0)),
             )
         )
     return points
 
 
-def _asked(fires: np.ndarray, held_out: Sample) -> float:
-    """Share of the tokens at which no exit fires."""
-    exits = len(held_out.confidence)
-    return 1 - sum(float(np.mean(fires == exit)) for exit in range(exits))
-
-
 def _table(
     promise: Promise | None, thresholds: Sequence[float], held_out: Sample, request: SplitRequest
 ) -> Table:
-    asked = _asked(held_out.fires(list(thresholds)), held_out)
+    asked = float(np.mean(held_out.fires(thresholds) == STAYS))
     if promise is None:
         title = f"No threshold keeps an agreement of {request.min_agreement}: every token is asked"
     else:

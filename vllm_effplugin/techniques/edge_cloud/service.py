@@ -112,8 +112,6 @@ class CloudService:
     def __init__(self, config: CloudConfig, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.contexts = Contexts(config.limits, self._release)
-        self.seconds = 0.0
-        self.tokens = 0
         self._parts: dict[Context, _Part] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: set[asyncio.Task[Any]] = set()
@@ -203,8 +201,6 @@ class CloudService:
                 began = time.perf_counter()
                 token = await self._compute(context, part, position, sampling)
                 seconds = time.perf_counter() - began
-                self.tokens += 1
-                self.seconds += seconds
                 context.answered = (position, token)
                 return token_frame(frame.session, position, token, seconds)
         except LimitError as error:

@@ -57,9 +57,8 @@ def write_layers(model: Path, out: Path, first: int, end: int) -> None:
     """
     config = read_model_config(model)
     config["num_hidden_layers"] = end - first
-    for name, value in config.items():
-        if name == "layer_types" and isinstance(value, list):
-            config[name] = value[first:end]
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][first:end]
     wanted = {name: new for name in base_tensors(model) if (new := _renamed(name, first, end))}
     index: dict[str, str] = {}
     shard: dict[str, Any] = {}
