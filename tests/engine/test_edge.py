@@ -20,13 +20,14 @@ from tests.tiny import LAYERS, VOCAB, engine, make_checkpoint
 from tests.unit.test_edge_link import Server, service, until
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import write_checkpoint
+from vllm_effplugin.engine.counters import Counters
 from vllm_effplugin.engine.settings import CLOUD_URL
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
-from vllm_effplugin.techniques.edge_cloud.contexts import Totals
 from vllm_effplugin.techniques.edge_cloud.service import CloudService, Sampling
 from vllm_effplugin.techniques.edge_cloud.split import write_layers
+from vllm_effplugin.techniques.edge_cloud.totals import CLOUD_TOTALS
 
 TOKENS = 12
 
@@ -42,6 +43,7 @@ class Upper:
         self.hidden_size = self.model.config.hidden_size
         self.lock = threading.Lock()
         self.said: list[tuple[int, int]] = []
+        self.drawn: list[dict[str, Any]] = []
         self.pause = 0.0
 
     def open(self, name: str, salt: str) -> UpperStream:
@@ -60,6 +62,7 @@ class UpperStream:
             logits = self._upper.model(inputs_embeds=self._states[None]).logits[0, -1]
         token = int(logits.argmax())
         self._upper.said.append((len(self._states) - 1, token))
+        self._upper.drawn.append(sampling.model_dump(exclude_unset=True))
         return token
 
     async def close(self) -> None:
@@ -133,8 +136,11 @@ def generate(llm: Any, extra: dict[str, Any], count: int = 6) -> list[Any]:
 
 def answered(found: Any) -> dict[str, int]:
     """A response's tokens by origin."""
-    origins: dict[str, int] = found.kv_transfer_params["effplugin"]["tokens_by_origin"]
+    report = found.kv_transfer_params["effplugin"]
+    origins: dict[str, int] = report["tokens_by_origin"]
     assert sum(origins.values()) == TOKENS
+    assert report["waited_s"] >= report["cloud_s"] >= 0
+    assert (report["cloud_s"] > 0) == ("cloud" in origins)
     return {name: number for name, number in origins.items() if number}
 
 
@@ -166,7 +172,8 @@ def edge_and_cloud(
         with engine(model, **(options or {})) as llm:
             until_up(llm)
             settle(llm, server)
-            service(server).contexts.totals = Totals()
+            fresh = Counters(CLOUD_TOTALS)
+            service(server).totals = service(server).contexts.totals = fresh
             upper.said.clear()
             yield llm, server, upper
 
@@ -211,10 +218,10 @@ def test_every_token_from_the_cloud_is_the_whole_models(parts, tmp_path, monkeyp
                     ids = [*ids, token]
                 assert answered(each) == {"cloud": TOKENS}
         positions = 2 * (sum(map(len, prompts())) + 6 * (TOKENS - 1))
-        assert (totals.received, totals.repeated) == (positions, 0)
-        assert (totals.computed, totals.recomputed) == (positions, 0)
+        assert (totals["received"], totals["repeated"]) == (positions, 0)
+        assert (totals["computed"], totals["recomputed"]) == (positions, 0)
         settle(llm, server)
-        assert totals.closed == totals.opened == 12
+        assert totals["closed"] == totals["opened"] == 12
 
 
 @pytest.mark.parametrize("options", [{}, SMALL], ids=["roomy", "small"])
@@ -228,8 +235,9 @@ def test_what_left_on_the_edge_is_not_missing_in_the_cloud(parts, tmp_path, monk
         assert origins["cloud"] > 10
         check_said(found, Whole(parts / "whole"), upper)
         totals = service(server).contexts.totals
-        assert totals.repeated == totals.recomputed == 0
-        assert totals.computed <= totals.received <= sum(map(len, prompts())) + 6 * (TOKENS - 1)
+        assert totals["repeated"] == totals["recomputed"] == 0
+        positions = sum(map(len, prompts())) + 6 * (TOKENS - 1)
+        assert totals["computed"] <= totals["received"] <= positions
         left = llm.collective_rpc("loop_counters")[0]
         assert left["left"] > 10
         assert left["recomputed"] > 5
@@ -242,7 +250,7 @@ def test_an_edge_alone_asks_nobody(parts, tmp_path, monkeypatch):
         alone = generate(llm, {"cloud_mode": "standalone"})
         assert all(answered(each) == {"edge": TOKENS} for each in alone)
         assert not upper.said
-        assert service(server).contexts.totals.opened == 0
+        assert service(server).contexts.totals["opened"] == 0
         lower = AutoModelForCausalLM.from_pretrained(parts / "lower", dtype=torch.float32).eval()
         whole = generate(llm, {"cloud_mode": "standalone", "exit_threshold": 1.0})
         for ids, each in zip(prompts(), whole, strict=True):
@@ -281,10 +289,35 @@ def test_slow_clouds_are_not_waited_for(parts, tmp_path, monkeypatch):
         upper.pause = 0.4
         [found] = generate(llm, {}, 1)
         origins = answered(found)
+        assert found.kv_transfer_params["effplugin"]["waited_s"] >= 0.3
         assert "cloud" not in origins
         assert origins["deadline"] >= 1
         upper.pause = 0.0
         until_up(llm)
+
+
+def test_the_cloud_draws_as_the_request_says(parts, tmp_path, monkeypatch):
+    from vllm import SamplingParams
+
+    exits = rates(1.0, 1.0)
+    with edge_and_cloud(parts, tmp_path, monkeypatch, exits, mode="cloud") as (llm, _, upper):
+
+        def drawn(**how: Any) -> list[dict[str, Any]]:
+            upper.drawn.clear()
+            params = SamplingParams(
+                max_tokens=TOKENS, ignore_eos=True, detokenize=False, **how
+            )  # fmt: skip
+            llm.generate({"prompt_token_ids": [3, 4, 5]}, params)
+            assert len(upper.drawn) == TOKENS
+            return list(upper.drawn)
+
+        assert drawn(temperature=0) == [{}] * TOKENS
+        warm = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
+        assert drawn(**warm) == [warm] * TOKENS
+        first, again, other = (drawn(temperature=1.0, seed=seed) for seed in (7, 7, 8))
+        assert first == again
+        seeds = {each["seed"] for each in first + other}
+        assert len(seeds) == 2 * TOKENS  # one seed for all would draw alike at each position
 
 
 def test_what_the_cloud_cannot_heed_is_refused(parts, tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 
+from vllm_effplugin.engine.counters import Counters
 from vllm_effplugin.techniques.edge_cloud.contexts import Context, Contexts, LimitError, Limits
+from vllm_effplugin.techniques.edge_cloud.totals import CLOUD_TOTALS
 
 ALICE, BOB = b"a" * 32, b"b" * 32
 ONE, TWO, THREE = (bytes([n]) * 16 for n in (1, 2, 3))
@@ -29,7 +31,7 @@ def make(clock: Clock | None = None, **limits: float) -> tuple[Contexts, list[Co
     """Contexts, and those whose part of the engine was released."""
     released: list[Context] = []
     given = Limits.model_validate(limits)
-    return Contexts(given, released.append, clock or Clock()), released
+    return Contexts(given, released.append, Counters(CLOUD_TOTALS), clock or Clock()), released
 
 
 def test_uploads_may_repeat_overlap_and_overtake() -> None:
@@ -43,8 +45,8 @@ def test_uploads_may_repeat_overlap_and_overtake() -> None:
     assert contexts.take(context, 24)[:, 0].tolist() == list(range(25))
     assert contexts.take(context, 39)[:, 0].tolist() == list(range(25, 40))
     totals = contexts.totals
-    assert (totals.received, totals.computed, totals.recomputed) == (40, 40, 0)
-    assert totals.repeated == sum(end - start for start, end in pieces) - 40
+    assert (totals["received"], totals["computed"], totals["recomputed"]) == (40, 40, 0)
+    assert totals["repeated"] == sum(end - start for start, end in pieces) - 40
 
 
 def test_a_gap_has_a_limit() -> None:
@@ -89,13 +91,13 @@ def test_what_is_idle_is_evicted_rebuilt_and_forgotten() -> None:
     assert (contexts.live, context.computed, context.held) == (1, 0, 4)
     contexts.append(context, 4, rows(4, 6))
     assert contexts.take(context, 5)[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert (contexts.totals.computed, contexts.totals.recomputed) == (10, 4)
+    assert (contexts.totals["computed"], contexts.totals["recomputed"]) == (10, 4)
     clock.now = 200
     contexts.tidy()
     assert contexts.find(ALICE, ONE) is None
     assert contexts.find(ALICE, TWO) is busy
     assert contexts.positions == 4
-    assert (contexts.totals.evicted, contexts.totals.forgotten) == (2, 1)
+    assert (contexts.totals["evicted"], contexts.totals["forgotten"]) == (2, 1)
 
 
 def test_room_is_made_where_nobody_waits() -> None:
@@ -117,6 +119,6 @@ def test_room_is_made_where_nobody_waits() -> None:
     assert released == [second, first]
     assert contexts.positions == 5
     contexts.close(third)
-    assert (len(contexts), contexts.positions, contexts.totals.closed) == (0, 0, 1)
+    assert (len(contexts), contexts.positions, contexts.totals["closed"]) == (0, 0, 1)
     contexts.close(third)  # once more
-    assert (contexts.positions, contexts.totals.closed) == (0, 1)
+    assert (contexts.positions, contexts.totals["closed"]) == (0, 1)

@@ -124,10 +124,10 @@ def test_tokens_arrive_and_positions_go_up_once() -> None:
         assert answer(link, 24).token == 20024
         link.close("r")
         link.flush()
-        until(lambda: service(server).contexts.totals.closed == 1)
-        assert (link.totals.uploaded, link.totals.repeated) == (25, 0)
+        until(lambda: service(server).contexts.totals["closed"] == 1)
+        assert (link.totals["uploaded"], link.totals["repeated"]) == (25, 0)
         totals = service(server).contexts.totals
-        assert (totals.received, totals.repeated, totals.computed) == (25, 0, 25)
+        assert (totals["received"], totals["repeated"], totals["computed"]) == (25, 0, 25)
         engine: Any = service(server).engine
         assert engine.temperatures == [0.5, 0.0]
 
@@ -138,8 +138,8 @@ def test_many_requests_share_messages() -> None:
         names = [f"r{n}" for n in range(40)]
         for name in names:
             upload(link, 0, 5, name)
-        until(lambda: link.totals.uploaded == 200)
-        before = link.totals.exchanges
+        until(lambda: link.totals["uploaded"] == 200)
+        before = link.totals["exchanges"]
         assert before < 15
         for name in names:
             link.ask(name, 4, {})
@@ -147,7 +147,7 @@ def test_many_requests_share_messages() -> None:
         found = outcomes(link, 40)
         assert {each.request for each in found} == set(names)
         assert all(each.token == 4 for each in found)
-        assert link.totals.exchanges == before + 1
+        assert link.totals["exchanges"] == before + 1
 
 
 def test_a_cloud_that_starts_afresh_is_told_everything_again() -> None:
@@ -168,7 +168,7 @@ def test_a_cloud_that_starts_afresh_is_told_everything_again() -> None:
         assert time.monotonic() - began < 2.0
         upload(link, 7, 8)
         assert answer(link, 7).token == 7
-        assert service(server).contexts.totals.received == 8
+        assert service(server).contexts.totals["received"] == 8
 
 
 def test_a_cloud_that_forgot_a_session_is_told_again() -> None:
@@ -196,7 +196,7 @@ def test_a_link_that_was_cut_goes_on_where_it_was() -> None:
         upload(link, 7, 8)
         assert answer(link, 7).token == 6007
         totals = service(server).contexts.totals
-        assert (totals.received, totals.repeated, totals.recomputed) == (8, 0, 0)
+        assert (totals["received"], totals["repeated"], totals["recomputed"]) == (8, 0, 0)
 
 
 def test_slow_answers_are_not_waited_for_and_not_given_late() -> None:

@@ -28,6 +28,7 @@ from vllm_effplugin.engine.settings import (
 )
 from vllm_effplugin.techniques.early_exit.totals import ExitReporter
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
+from vllm_effplugin.techniques.edge_cloud.totals import CloudReporter, EdgeReporter, LinkReporter
 from vllm_effplugin.techniques.multiplex.totals import QueueReporter
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
                 # What a step gives decides who takes part in the next one.
                 vllm_config.scheduler_config.async_scheduling = False
                 params = EDGE_PARAMS[efficiency.edge_cloud.mode]
+                _watch(vllm_config, EdgeReporter(), "scheduler")
+                _watch(vllm_config, LinkReporter(), "link")
             _check_parameters(
                 vllm_config, EXIT_PARAMS_V2 if vllm_config.use_v2_model_runner else params
             )
@@ -90,6 +93,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             vllm_config.model_config.enable_prompt_embeds = True
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
             _check_parameters(vllm_config, CLOUD_PARAMS)
+            _watch(vllm_config, CloudReporter(), "cloud")
         if plan.has_sequences:
             refusals.with_sequences(vllm_config)
             _bring_loop(vllm_config, sequence_reporter(efficiency, len(plan.unit_of)))

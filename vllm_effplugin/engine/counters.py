@@ -84,7 +84,7 @@ def counters_path(instance: str, replica: int, part: str = "worker") -> Path:
     Args:
         instance: the `instance_id` of the server's configuration.
         replica: the engine's data-parallel index, 0 where there is one engine.
-        part: `worker` or `scheduler`.
+        part: `worker`, `scheduler`, or `link` and `cloud` of a split model.
     """
     name = f"vllm-effplugin-{os.getuid()}-{instance}-{replica}-{part}.counters"
     return Path(tempfile.gettempdir()) / name

@@ -21,10 +21,12 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tasks import SupportedTask
 
+from vllm_effplugin.engine.counters import publish_for
 from vllm_effplugin.engine.settings import STATES, efficiency_of
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
 from vllm_effplugin.techniques.edge_cloud.service import CloudService, Sampling
+from vllm_effplugin.techniques.edge_cloud.totals import CLOUD_TOTALS
 from vllm_effplugin.techniques.edge_cloud.wire import Frame, FrameReader, WireError
 
 router = APIRouter(prefix="/v1/edge_cloud", tags=["edge_cloud"])
@@ -54,7 +56,8 @@ class Endpoints:
                 "sessions live in one API server: leave it at 1, and scale out with "
                 "--data-parallel-size or with replicas behind a router"
             )
-        service = CloudService(config, _Engine(engine_client))
+        totals = publish_for(state, engine_client.vllm_config, CLOUD_TOTALS, "cloud")
+        service = CloudService(config, _Engine(engine_client), totals)
         state.effplugin_cloud = service
         state.effplugin_cloud_tidy = asyncio.create_task(service.tidy_for_ever())
 
@@ -76,6 +79,7 @@ async def exchange(request: Request) -> StreamingResponse:
     try:
         async for piece in request.stream():
             size += len(piece)
+            service.totals.add("bytes_in", len(piece))
             if size > most:
                 raise HTTPException(413, f"a message has at most {most} bytes")
             frames += reader.feed(piece)
@@ -87,7 +91,9 @@ async def exchange(request: Request) -> StreamingResponse:
 
     async def replies() -> AsyncIterator[bytes]:
         async for frame in service.exchange(owner, frames):
-            yield frame.pack()
+            packed = frame.pack()
+            service.totals.add("bytes_out", len(packed))
+            yield packed
 
     return StreamingResponse(replies(), media_type="application/octet-stream")
 

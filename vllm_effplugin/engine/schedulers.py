@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from vllm_effplugin.engine.settings import ANSWERS, STATES, efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
 from vllm_effplugin.techniques.edge_cloud.config import EdgeConfig
 from vllm_effplugin.techniques.edge_cloud.request import requested_mode
+from vllm_effplugin.techniques.edge_cloud.totals import EDGE_TOTALS, ORIGINS
 from vllm_effplugin.techniques.joint_exit import request as exit_request
 from vllm_effplugin.techniques.multiplex import request as mux_request
 from vllm_effplugin.techniques.multiplex.queue import Admission, Room, Waiting
@@ -128,6 +129,8 @@ class _ParkedRequests(_SaltedRequests):
     def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, **kwargs)
         self._origins: dict[str, Counter[str]] = {}
+        self._seconds: dict[str, tuple[float, float]] = {}
+        self.counters = publish_for(self, vllm_config, EDGE_TOTALS, "scheduler")
         edge = self._efficiency.edge_cloud
         assert isinstance(edge, EdgeConfig)
         self._edge = edge
@@ -143,32 +146,48 @@ class _ParkedRequests(_SaltedRequests):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
+        own = sum(map(len, model_runner_output.sampled_token_ids))
         for name, answer in getattr(model_runner_output, ANSWERS, {}).items():
             request: Request | None = self.requests.get(name)  # type: ignore[attr-defined]
             if request is None or request.is_finished():
                 continue
-            self._origins.setdefault(name, Counter())[answer["origin"]] += 1
+            self._count(name, answer)
             if answer["token"] is None:  # the step has its own
+                own -= 1
                 continue
             scheduler_output.num_scheduled_tokens[name] = 1
             request.num_in_flight_tokens += 1
             model_runner_output.req_id_to_index[name] = len(model_runner_output.req_ids)
             model_runner_output.req_ids.append(name)
             model_runner_output.sampled_token_ids.append([answer["token"]])
+        self.counters.add("tokens", own, ORIGINS.index("edge"))
         return super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
 
+    def _count(self, name: str, answer: Mapping[str, Any]) -> None:
+        origin: str = answer["origin"]
+        self._origins.setdefault(name, Counter())[origin] += 1
+        known = origin if origin in ORIGINS else "error"
+        self.counters.add("tokens", 1, ORIGINS.index(known))
+        waited, computed = self._seconds.get(name, (0.0, 0.0))
+        self._seconds[name] = waited + answer["waited"], computed + answer["computed"]
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         origins = self._origins.pop(request.request_id, Counter())
+        waited, computed = self._seconds.pop(request.request_id, (0.0, 0.0))
         found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         if found is None:
             return found
         # vLLM's only field of a response that a scheduler can fill.
         own = request.num_output_tokens - origins.total()
         kv_transfer_params, *others = found
-        report = {"effplugin": {"tokens_by_origin": {"edge": own, **origins}}}
-        return ({**(kv_transfer_params or {}), **report}, *others)
+        report = {
+            "tokens_by_origin": {"edge": own, **origins},
+            "waited_s": round(waited, 6),
+            "cloud_s": round(computed, 6),
+        }
+        return ({**(kv_transfer_params or {}), "effplugin": report}, *others)
 
 
 class _MergingRequests(_SaltedRequests):

@@ -7,6 +7,7 @@ What it adds for CPUs is in `cpu_worker.py`.
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,7 +97,7 @@ class EffpluginWorker(Worker):
             # The runner holds its own token; the request is not in its batch, which is made anew
             # from this.
             self.model_runner.requests[name].output_token_ids[-1] = answer.token
-        given = {name: vars(answer) for name, answer in answers.items()}
+        given = {name: asdict(answer) for name, answer in answers.items()}
         questions: dict[str, Question] = self._exits.questions
         output = copy(output)  # an empty one is shared, and the scheduler adds what came
         output.req_ids, output.req_id_to_index = list(output.req_ids), dict(output.req_id_to_index)
@@ -106,10 +107,11 @@ class EffpluginWorker(Worker):
             tokens = output.sampled_token_ids[place]
             if not tokens:
                 continue
-            if desk.park(name, question, tokens[-1]):
+            refused = desk.park(name, question, tokens[-1])
+            if refused is None:
                 output.sampled_token_ids[place] = []
             else:
-                given[name] = {"token": None, "origin": "link"}
+                given[name] = asdict(refused)
         questions.clear()
         desk.flush()
         setattr(output, ANSWERS, given)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_effplugin.engine.counters import Counters
 from vllm_effplugin.techniques.edge_cloud.wire import SESSION_BYTES
 
 Owner = bytes
@@ -125,32 +126,13 @@ class Context:
         return self._parts[0][self.computed : end]
 
 
-@dataclass
-class Totals:
-    """What happened since the start; all only grow.
-
-    Attributes:
-        opened, closed, evicted, forgotten: sessions.
-        received, repeated: positions that came, and those that came once more.
-        computed, recomputed: positions that the engine ran, and those that it ran once more.
-    """
-
-    opened: int = 0
-    closed: int = 0
-    evicted: int = 0
-    forgotten: int = 0
-    received: int = 0
-    repeated: int = 0
-    computed: int = 0
-    recomputed: int = 0
-
-
 class Contexts:
     """All sessions, the one used longest ago first.
 
     Args:
         limits: what clients may take.
         release: called with a session that has to give up its part of the engine, if it has one.
+        totals: what it counts (totals.py).
         clock: for tests.
     """
 
@@ -158,9 +140,10 @@ class Contexts:
         self,
         limits: Limits,
         release: Callable[[Context], None],
+        totals: Counters,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.limits, self.totals = limits, Totals()
+        self.limits, self.totals = limits, totals
         self._release, self._clock = release, clock
         self._all: OrderedDict[tuple[Owner, bytes], Context] = OrderedDict()
         self._positions = 0
@@ -193,7 +176,7 @@ class Contexts:
             self._forget_one("sessions")
         context = Context(owner, session, used=self._clock())
         self._all[owner, session] = context
-        self.totals.opened += 1
+        self.totals.add("opened", 1)
         return context
 
     def find(self, owner: Owner, session: bytes) -> Context | None:
@@ -214,28 +197,28 @@ class Contexts:
             self._forget_one("positions", but=context)
         new = context.add(position, states, self.limits)
         self._positions += new
-        self.totals.received += new
-        self.totals.repeated += len(states) - new
+        self.totals.add("received", new)
+        self.totals.add("repeated", len(states) - new)
 
     def take(self, context: Context, position: int) -> np.ndarray:
         """What the engine has to compute for the token behind a position; `[n, d]`, n > 0."""
         states = context.pending(position + 1)
         end = context.computed + len(states)
         again = max(0, min(context.reached, end) - context.computed)
-        self.totals.recomputed += again
-        self.totals.computed += len(states) - again
+        self.totals.add("recomputed", again)
+        self.totals.add("computed", len(states) - again)
         context.computed = end
         context.reached = max(context.reached, end)
         return states
 
     def close(self, context: Context) -> None:
         """The client needs a session no more."""
-        self.totals.closed += self._drop(context)
+        self.totals.add("closed", self._drop(context))
 
     def evict(self, context: Context) -> None:
         """Take a session's part of the engine away; its hidden states stay."""
         if context.computed:
-            self.totals.evicted += 1
+            self.totals.add("evicted", 1)
             context.computed = 0
             self._release(context)
 
@@ -255,12 +238,12 @@ class Contexts:
                 continue
             self.evict(context)
             if unused >= self.limits.forget_s:
-                self.totals.forgotten += self._drop(context)
+                self.totals.add("forgotten", self._drop(context))
 
     def _forget_one(self, what: str, but: Context | None = None) -> None:
         for context in self._all.values():
             if not context.busy and context is not but:
-                self.totals.forgotten += self._drop(context)
+                self.totals.add("forgotten", self._drop(context))
                 return
         raise LimitError("full", f"the cloud's {what} are all in use: try again later")
 

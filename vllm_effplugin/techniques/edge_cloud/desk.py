@@ -31,12 +31,16 @@ class Answer:
     """What a parked request goes on with.
 
     Attributes:
-        token: its next one.
+        token: its next one; None where the step that asked has it.
         origin: `cloud`, or why it is the edge's own.
+        waited: seconds since the question.
+        computed: of these, seconds that the cloud's engine took.
     """
 
-    token: int
+    token: int | None
     origin: str
+    waited: float = 0.0
+    computed: float = 0.0
 
 
 class Desk:
@@ -52,14 +56,14 @@ class Desk:
         self._asked: dict[str, int] = {}
         self._told: dict[str, Outcome] = {}
 
-    def park(self, request: str, question: Question, own: int) -> bool:
+    def park(self, request: str, question: Question, own: int) -> Answer | None:
         """Ask the cloud, unless that makes no sense now.
 
         Args:
             own: the edge's token.
 
         Returns:
-            whether the request waits; if not, it has its own token.
+            None where the request waits; otherwise why it goes on with its own token.
         """
         told = self._told.get(request)
         if told is not None and told.position != question.position:
@@ -67,11 +71,11 @@ class Desk:
             told = None
         if told is None and self._asked.get(request) != question.position:
             if not self._link.up:
-                return False
+                return Answer(None, "link")
             self._link.ask(request, question.position, question.sampling)
             self._asked[request] = question.position
         self._parked[request] = question.position, own
-        return True
+        return None
 
     def answers(self) -> dict[str, Answer]:
         """Requests that wait no longer."""
@@ -84,7 +88,8 @@ class Desk:
             if told is None or told.position != position:
                 continue
             del self._parked[request], self._told[request]
-            found[request] = Answer(own if told.token is None else told.token, told.reason)
+            token = own if told.token is None else told.token
+            found[request] = Answer(token, told.reason, told.waited, told.computed)
         return found
 
     def flush(self) -> None:

@@ -15,13 +15,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import httpx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_effplugin.engine.counters import Counters
+from vllm_effplugin.techniques.edge_cloud.totals import LINK_TOTALS
 from vllm_effplugin.techniques.edge_cloud.wire import (
     SESSION_BYTES,
     Encoding,
@@ -82,18 +84,6 @@ class Outcome:
     computed: float = 0.0
 
 
-@dataclass
-class LinkTotals:
-    """What went over the link; all only grow. Bytes are those of bodies."""
-
-    exchanges: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    uploaded: int = 0
-    repeated: int = 0
-    failures: int = 0
-
-
 @dataclass(eq=False)
 class _Talk:
     """What the cloud was told of one request.
@@ -138,12 +128,14 @@ class Link:
 
     Args:
         settings: where the cloud is.
+        totals: what it counts (totals.py).
     """
 
-    def __init__(self, settings: LinkSettings) -> None:
-        self.settings, self.totals = settings, LinkTotals()
+    def __init__(self, settings: LinkSettings, totals: Counters | None = None) -> None:
+        self.settings = settings
+        self.totals = Counters(LINK_TOTALS) if totals is None else totals
         self.state = "down"
-        """`up`, `down`, or why the cloud turned this edge away."""
+        """`up`, `down`, or why the cloud turned this edge away. Changed by `_become` alone."""
         self._encoding = Encoding[settings.encoding.upper()]
         self._commands: deque[tuple[Any, ...]] = deque()
         self._answers: deque[Outcome] = deque()
@@ -183,11 +175,14 @@ class Link:
     def ask(self, request: str, position: int, sampling: Mapping[str, Any]) -> None:
         """Ask for the token behind a position. What lies before it has been handed over."""
         self._waiting[request] = position, time.monotonic()
+        self.totals.add("questions", 1)
+        self.totals.set("waiting", len(self._waiting))
         self._commands.append(("ask", request, position, dict(sampling)))
 
     def close(self, request: str) -> None:
         """A request has ended."""
         self._waiting.pop(request, None)
+        self.totals.set("waiting", len(self._waiting))
         self._added.pop(request, None)
         self._commands.append(("close", request))
 
@@ -205,13 +200,19 @@ class Link:
             position, began = self._waiting.get(found.request, (-1, 0.0))
             if position == found.position:
                 del self._waiting[found.request]
-                yield Outcome(**{**vars(found), "waited": now - began})
+                yield self._over(replace(found, waited=now - began))
         for request, (position, began) in list(self._waiting.items()):
             if now - began > self.settings.deadline_s:
                 del self._waiting[request]
                 self._commands.append(("late", request, position, began))
                 self.flush()
-                yield Outcome(request, position, None, "deadline", now - began)
+                yield self._over(Outcome(request, position, None, "deadline", now - began))
+        self.totals.set("waiting", len(self._waiting))
+
+    def _over(self, outcome: Outcome) -> Outcome:
+        self.totals.add("waited_us", round(1e6 * outcome.waited))
+        self.totals.add("computed_us", round(1e6 * outcome.computed))
+        return outcome
 
     def stop(self) -> None:
         """End the thread."""
@@ -227,7 +228,7 @@ class Link:
             self._loop.run_until_complete(self._talk_on())
         except Exception:
             logger.exception("the link to the cloud broke down; the edge goes on alone")
-            self.state = "broken"
+            self._become("broken")
         finally:
             self._loop.close()
 
@@ -320,8 +321,8 @@ class Link:
                 size += len(chunk.payload)
                 end = chunk.position + chunk.count
                 new = max(0, end - max(talk.told, chunk.position))
-                self.totals.uploaded += new
-                self.totals.repeated += chunk.count - new
+                self.totals.add("uploaded", new)
+                self.totals.add("repeated", chunk.count - new)
                 talk.told = max(talk.told, end)
             talk.next_chunk = len(talk.chunks)
             if talk.question is not None and talk.unsent:
@@ -333,8 +334,8 @@ class Link:
 
     async def _exchange(self, client: httpx.AsyncClient, frames: list[Frame]) -> None:
         message = b"".join(frame.pack() for frame in frames)
-        self.totals.exchanges += 1
-        self.totals.bytes_up += len(message)
+        self.totals.add("exchanges", 1)
+        self.totals.add("bytes_up", len(message))
         reader = FrameReader(self.settings.hidden_size, ANSWER_BYTES)
         try:
             async with client.stream("POST", f"{PATH}/exchange", content=message) as response:
@@ -346,14 +347,14 @@ class Link:
                         response=response,
                     )
                 async for piece in response.aiter_raw():
-                    self.totals.bytes_down += len(piece)
+                    self.totals.add("bytes_down", len(piece))
                     for frame in reader.feed(piece):
                         self._hear(frame)
                 reader.end()
             # What it did not answer will not be answered.
             self._unanswered(frames)
         except (httpx.HTTPError, WireError) as error:
-            self.totals.failures += 1
+            self.totals.add("failures", 1)
             self._go_down(f"{type(error).__name__}: {error}")
         finally:
             self._in_flight -= 1
@@ -401,10 +402,14 @@ class Link:
 
     # --- Up and down -----------------------------------------------------------------------------
 
+    def _become(self, state: str) -> None:
+        self.state = state
+        self.totals.set("up", self.up)
+
     def _go_down(self, why: str) -> None:
         if self.up:
             logger.warning("the cloud is out of reach (%s): the edge goes on alone", why)
-            self.state = "down"
+            self._become("down")
         for request, talk in self._talks.items():
             # What it held may be lost, or not: its first reply will say.
             talk.opened = False
@@ -414,7 +419,7 @@ class Link:
     def _turned_away(self, why: str) -> None:
         if self.state != why:
             logger.error("the cloud turned this edge away: %s", why)
-        self.state = why
+        self._become(why)
 
     async def _probe(self, client: httpx.AsyncClient) -> None:
         """Find out when the cloud is there, and whether it is the right one."""
@@ -435,5 +440,5 @@ class Link:
             self._turned_away(f"it is the cloud of {theirs[0]!r}, this is an edge of {ours[0]!r}")
             return
         logger.info("the cloud is there")
-        self.state = "up"
+        self._become("up")
         self._wake.set()

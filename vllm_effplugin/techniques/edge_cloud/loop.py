@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 
 from vllm_effplugin.engine.batch import Rows
+from vllm_effplugin.engine.counters import publish_for
 from vllm_effplugin.engine.segments import joined, run_units
 from vllm_effplugin.engine.settings import CLOUD_KEY, CLOUD_URL
 from vllm_effplugin.plan import Plan
@@ -29,7 +30,12 @@ from vllm_effplugin.techniques.early_exit.step import StepRun, pseudo_random
 from vllm_effplugin.techniques.edge_cloud.config import EdgeConfig
 from vllm_effplugin.techniques.edge_cloud.desk import Desk, Question
 from vllm_effplugin.techniques.edge_cloud.link import Link, LinkSettings
-from vllm_effplugin.techniques.edge_cloud.request import requested_mode, sampling_for_the_cloud
+from vllm_effplugin.techniques.edge_cloud.request import (
+    drawn_at,
+    requested_mode,
+    sampling_for_the_cloud,
+)
+from vllm_effplugin.techniques.edge_cloud.totals import LINK_TOTALS
 
 if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
@@ -131,7 +137,8 @@ class EdgeLoop(ExitLoop):
                 hidden_size=self.vllm_config.model_config.get_hidden_size(),
                 encoding=self.edge.transport,
                 deadline_s=self.edge.deadline_s,
-            )
+            ),
+            publish_for(self, self.vllm_config, LINK_TOTALS, "link"),
         )
         self.desk = Desk(self.link)
 
@@ -224,6 +231,5 @@ class EdgeLoop(ExitLoop):
                 scores = pseudo_random(len(self.exits), positions[asked], slots)
         for place in asked[scores < sure[asked]].tolist():
             row = int(chosen[place])
-            self.questions[names[row]] = Question(
-                int(positions[place]), self._sampling[int(rows.slots[row])]
-            )
+            position, sampling = int(positions[place]), self._sampling[int(rows.slots[row])]
+            self.questions[names[row]] = Question(position, drawn_at(sampling, position))

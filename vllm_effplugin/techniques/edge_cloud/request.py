@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,8 +72,21 @@ def check_sampling(params: Any, mode: Mode) -> None:
 
 
 def sampling_for_the_cloud(params: Any) -> dict[str, Any]:
-    """What an ASK says of how its token is drawn; empty for the most likely one."""
+    """What the ASKs of a request say of how tokens are drawn; empty for the most likely ones."""
     if params.temperature == 0:
         return {}
     found = {name: getattr(params, name) for name in SAMPLED_BY}
     return {name: value for name, value in found.items() if value is not None and value != -1}
+
+
+def drawn_at(sampling: Mapping[str, Any], position: int) -> dict[str, Any]:
+    """What the ASK for the token behind a position says.
+
+    The cloud starts a generator for each token. With the request's seed alone it would draw the
+    same numbers for all of them.
+    """
+    seed = sampling.get("seed")
+    if seed is None:
+        return dict(sampling)
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return {**sampling, "seed": int.from_bytes(digest) >> 1}

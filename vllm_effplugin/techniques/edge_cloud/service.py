@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_effplugin.engine.counters import Counters
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
 from vllm_effplugin.techniques.edge_cloud.contexts import Context, Contexts, LimitError, Owner
+from vllm_effplugin.techniques.edge_cloud.totals import CLOUD_TOTALS, REFUSALS
 from vllm_effplugin.techniques.edge_cloud.wire import (
     Frame,
     Kind,
@@ -107,11 +109,13 @@ class CloudService:
     Args:
         config: of the checkpoint.
         engine: that runs it.
+        totals: what it counts (totals.py).
     """
 
-    def __init__(self, config: CloudConfig, engine: Engine) -> None:
+    def __init__(self, config: CloudConfig, engine: Engine, totals: Counters | None = None) -> None:
         self.config, self.engine = config, engine
-        self.contexts = Contexts(config.limits, self._release)
+        self.totals = Counters(CLOUD_TOTALS) if totals is None else totals
+        self.contexts = Contexts(config.limits, self._release, self.totals)
         self._parts: dict[Context, _Part] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: set[asyncio.Task[Any]] = set()
@@ -122,6 +126,9 @@ class CloudService:
         while True:
             await asyncio.sleep(TIDY_S)
             self.contexts.tidy()
+            self.totals.set("sessions", len(self.contexts))
+            self.totals.set("live", self.contexts.live)
+            self.totals.set("positions", self.contexts.positions)
 
     def describe(self) -> dict[str, Any]:
         """What a client has to know."""
@@ -151,11 +158,12 @@ class CloudService:
                 if frame.kind is Kind.ASK:
                     asked.append((context, frame))
             except LimitError as error:
-                yield _error(frame, error.code, str(error))
+                yield self._refused(frame, error.code, str(error))
             except WireError as error:
-                yield _error(frame, "frame", str(error))
+                yield self._refused(frame, "frame", str(error))
         for session, context in heard.items():
             if context is None:  # unknown here: never opened, forgotten, or somebody else's
+                self.totals.add("replays", 1)
                 yield Frame(Kind.REPLAY, session)
             else:
                 yield Frame(Kind.HELD, session, context.held)
@@ -197,19 +205,22 @@ class CloudService:
                 if context.answered is not None and context.answered[0] == position:
                     return token_frame(frame.session, position, context.answered[1], 0.0)
                 if not await self._has(context, part, position):
+                    self.totals.add("replays", 1)
                     return Frame(Kind.REPLAY, frame.session, context.held)
                 began = time.perf_counter()
                 token = await self._compute(context, part, position, sampling)
                 seconds = time.perf_counter() - began
                 context.answered = (position, token)
+                self.totals.add("tokens", 1)
+                self.totals.add("engine_us", round(1e6 * seconds))
                 return token_frame(frame.session, position, token, seconds)
         except LimitError as error:
-            return _error(frame, error.code, str(error))
+            return self._refused(frame, error.code, str(error))
         except WireError as error:
-            return _error(frame, "frame", str(error))
+            return self._refused(frame, "frame", str(error))
         except Exception as error:
             logger.exception("a token could not be computed")
-            return _error(frame, "engine", f"{type(error).__name__}: {error}")
+            return self._refused(frame, "engine", f"{type(error).__name__}: {error}")
         finally:
             context.busy -= 1
 
@@ -284,6 +295,11 @@ class CloudService:
             self._streams -= 1
             await stream.close()
 
+    def _refused(self, frame: Frame, code: str, message: str) -> Frame:
+        self.totals.add("refusals", 1, REFUSALS.index(code))
+        content = {"code": code, "message": message}
+        return json_frame(Kind.ERROR, frame.session, content, frame.position)
+
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -297,8 +313,3 @@ def _sampling(content: Mapping[str, Any]) -> Sampling:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise WireError(problems) from None
-
-
-def _error(frame: Frame, code: str, message: str) -> Frame:
-    content = {"code": code, "message": message}
-    return json_frame(Kind.ERROR, frame.session, content, frame.position)
