@@ -90,6 +90,7 @@ def edge(parts: Path, out: Path, exits: list[dict[str, Any]], **settings: Any) -
         for name, value in Exit(point, config, 128).state_dict().items()
     }
     split = {"role": "edge", "model": "tiny", "layers": LAYERS, "transport": "fp32"}
+    split |= {"deadline_s": 60.0}  # a busy machine is not what is tested
     efficiency = EfficiencyConfig(
         early_exit=config, edge_cloud=EdgeConfig.model_validate({**split, **settings})
     )
@@ -213,10 +214,10 @@ def test_every_token_from_the_cloud_is_the_whole_models(parts, tmp_path, monkeyp
         for extra in ({"cloud_mode": "cloud"}, {"exit_threshold": 1.0}):
             found = generate(llm, extra)
             for ids, each in zip(prompts(), found, strict=True):
+                assert answered(each) == {"cloud": TOKENS}
                 for token in each.outputs[0].token_ids:
                     assert whole.run(ids)[1] == token
                     ids = [*ids, token]
-                assert answered(each) == {"cloud": TOKENS}
         positions = 2 * (sum(map(len, prompts())) + 6 * (TOKENS - 1))
         assert (totals["received"], totals["repeated"]) == (positions, 0)
         assert (totals["computed"], totals["recomputed"]) == (positions, 0)
