@@ -792,7 +792,7 @@ def _positive(text: str) -> int:
 
 
 @contextmanager
-def _termination_unwinds() -> Iterator[None]:
+def termination_unwinds() -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, through the blocks that close the engines."""
 
     def terminate(*_: object) -> NoReturn:
@@ -833,7 +833,7 @@ def main(arguments: argparse.Namespace, cases: Sequence[Case]) -> int:
         if arguments.json is not None:
             write_json(arguments.json, meta, rows)
 
-    with _termination_unwinds():
+    with termination_unwinds():
         # After every case, so that a run that is cut short has not been for nothing.
         rows, failed = run(chosen, rounds, CACHE / "benchmarks", console, save)
     meta["failed"] = failed
