@@ -509,13 +509,14 @@ async def run(
     steps = [(case, turn) for turn in range(rounds) for case in order(repeated, turn)]
     steps += [(case, 0) for case in (*once, *outages)]
     async with everything(parts, model) as setup:
-        for url, extra in (
+        warm: dict[str, Any]
+        for url, warm in (
             (setup.whole_link.url, {}),
             (setup.edge.url, {"cloud_mode": "cloud"}),
             (setup.edge.url, {}),
             (setup.naive_edge.url, {"cloud_mode": "standalone"}),
         ):
-            await load(url, setup.prompts[:16], 8, extra)  # the first requests find cold caches
+            await load(url, setup.prompts[:16], 8, warm)  # the first requests find cold caches
         with tqdm(total=len(steps), unit="run") as bar:
             for case, turn in steps:
                 bar.set_description(case)
