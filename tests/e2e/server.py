@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,12 +15,24 @@ from pathlib import Path
 import httpx
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
+
+
 @contextmanager
-def serving(checkpoint: Path, folder: Path, *options: str) -> Iterator[tuple[httpx.Client, Path]]:
-    """`vllm serve` under the name `demo`: a client of it, and its log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def serving(
+    checkpoint: Path, folder: Path, *options: str, port: int | None = None, killed: bool = False
+) -> Iterator[tuple[httpx.Client, Path]]:
+    """`vllm serve` under the name `demo`: a client of it, and its log.
+
+    Args:
+        killed: its processes end without a word, not as a user ends them.
+    """
+    port = port or free_port()
     vllm = Path(sys.executable).with_name("vllm")
     log = folder / "server.log"
     environment = {
@@ -30,13 +43,18 @@ def serving(checkpoint: Path, folder: Path, *options: str) -> Iterator[tuple[htt
     command = [str(vllm), "serve", str(checkpoint), "--port", str(port), "--host", "127.0.0.1"]
     command += ["--enforce-eager", "--max-model-len", "512", "--served-model-name", "demo"]
     with log.open("w") as file:
-        server = subprocess.Popen([*command, *options], stdout=file, stderr=file, env=environment)
+        server = subprocess.Popen(
+            [*command, *options], stdout=file, stderr=file, env=environment, start_new_session=True
+        )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             _wait_until_healthy(client, server, log)
             yield client, log
     finally:
-        server.terminate()
+        if killed:
+            os.killpg(server.pid, signal.SIGKILL)
+        else:
+            server.terminate()
         server.wait(timeout=60)
 
 

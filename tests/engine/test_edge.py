@@ -285,12 +285,12 @@ def test_without_a_cloud_the_edge_goes_on(parts, tmp_path, monkeypatch):
 
 def test_slow_clouds_are_not_waited_for(parts, tmp_path, monkeypatch):
     exits = rates(1.0, 1.0)
-    settings = {"mode": "cloud", "deadline_s": 0.3}
+    settings = {"mode": "cloud", "deadline_s": 1.5}
     with edge_and_cloud(parts, tmp_path, monkeypatch, exits, **settings) as (llm, _, upper):
-        upper.pause = 0.4
+        upper.pause = 2.0
         [found] = generate(llm, {}, 1)
         origins = answered(found)
-        assert found.kv_transfer_params["effplugin"]["waited_s"] >= 0.3
+        assert found.kv_transfer_params["effplugin"]["waited_s"] >= 1.5
         assert "cloud" not in origins
         assert origins["deadline"] >= 1
         upper.pause = 0.0
