@@ -2,18 +2,21 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint clean free-port install install-test FORCE
+.PHONY: help serve cloud edge test lint clean free-port install install-test FORCE
 
 VENV := .venv
 CACHE := .cache
 BASE := $(CACHE)/smollm2
 PREPARED := $(CACHE)/smollm2-layer-parallel
+SPLIT := $(CACHE)/smollm2-edge-cloud
 
 # Settings, from the environment or the command line.
 PORT ?= 8000
 MODEL ?=
 SERVE_ARGS ?=
 PREPARE_ARGS ?= --groups "12,13;17,18;21,22;26,27" --bypass 1
+SPLIT_ARGS ?= --partition 15 --exits 10,15 --text-tokens 16384 --held-out-tokens 8192
+CLOUD_PORT ?= 8001
 PYTEST_ARGS ?=
 # Tests run side by side, each worker on a core of its own (tests/conftest.py); 3 GiB each.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0))))' \
@@ -42,23 +45,45 @@ help:  ## show this
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 	@echo "  settings: PORT=8000  MODEL=DIR  SERVE_ARGS=...  PREPARE_ARGS=...  PYTEST_ARGS=...  PYTHON=..."
 
-serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
+serve cloud edge: export VLLM_CPU_KVCACHE_SPACE ?= 2
 # vLLM's own choice leaves one core idle for its scheduler: half of a small machine.
 serve: export VLLM_CPU_OMP_THREADS_BIND ?= $(shell $(PYTHON) -c 'import os; \
 	cores = sorted(os.sched_getaffinity(0)); \
 	print(",".join(map(str, cores)) if len(cores) <= 4 else "auto")' 2>/dev/null || echo auto)
 # On CPU vLLM 0.32 cannot load the ahead-of-time artifacts that it writes; without them a second
 # start reuses the compiled kernels.
-serve: export VLLM_USE_AOT_COMPILE ?= $(if $(shell command -v nvidia-smi),1,0)
+serve cloud edge: export VLLM_USE_AOT_COMPILE ?= $(if $(shell command -v nvidia-smi),1,0)
+
+# Waits for the server that this shell becomes, then says what to ask it. $(1): its model.
+define WELCOME
+server=$$$$; \
+while kill -0 $$server 2>/dev/null && ! curl -sf -o /dev/null localhost:$(PORT)/health; do \
+	sleep 1; done && kill -0 $$server 2>/dev/null && printf '%s\n' '' \
+	'Ready. Ask it something, in another terminal:' '' \
+	"curl -s localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\" \
+	'  -d '\''{"model": "$(1)", "max_tokens": 64, "temperature": 0,' \
+	'       "messages": [{"role": "user", "content": "What is gravity?"}]}'\''' '' &
+endef
+
 serve: free-port install $(if $(MODEL),,$(PREPARED)/config.json)  ## serve the demo model, or MODEL=DIR
-	@server=$$$$; \
-	while kill -0 $$server 2>/dev/null && ! curl -sf -o /dev/null localhost:$(PORT)/health; do \
-		sleep 1; done && kill -0 $$server 2>/dev/null && printf '%s\n' '' \
-		'Ready. Ask it something, in another terminal:' '' \
-		"curl -s localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\" \
-		'  -d '\''{"model": "$(or $(MODEL),$(PREPARED))", "max_tokens": 64, "temperature": 0,' \
-		'       "messages": [{"role": "user", "content": "What is gravity?"}]}'\''' '' & \
+	@$(call WELCOME,$(or $(MODEL),$(PREPARED))) \
 	exec $(VENV)/bin/vllm serve $(or $(MODEL),$(PREPARED)) --port $(PORT) $(SERVE_ARGS)
+
+# Half of the cores each.
+cores = $(shell $(PYTHON) -c 'import os; cores = sorted(os.sched_getaffinity(0)); \
+	half = len(cores) // 2; print(",".join(map(str, cores[$(1)])))' 2>/dev/null || echo auto)
+
+cloud: export VLLM_CPU_OMP_THREADS_BIND ?= $(call cores,half:)
+cloud: export VLLM_PLUGINS := effplugin
+cloud: PORT := $(CLOUD_PORT)
+cloud: free-port install $(SPLIT)/cloud/config.json  ## its upper half, for `make edge`, on CLOUD_PORT=8001
+	exec $(VENV)/bin/vllm serve $(SPLIT)/cloud --port $(PORT) $(SERVE_ARGS)
+
+edge: export VLLM_CPU_OMP_THREADS_BIND ?= $(call cores,:half or 1)
+edge: export EFFPLUGIN_CLOUD_URL ?= http://localhost:$(CLOUD_PORT)
+edge: free-port install $(SPLIT)/cloud/config.json  ## its lower half, which asks that cloud
+	@$(call WELCOME,$(SPLIT)/edge) \
+	exec $(VENV)/bin/vllm serve $(SPLIT)/edge --port $(PORT) $(SERVE_ARGS)
 
 test: install-test lint  ## install what the tests need, then lint and run them all
 	$(VENV)/bin/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
@@ -87,6 +112,9 @@ $(BASE)/config.json: | install
 
 $(PREPARED)/config.json: $(BASE)/config.json $(CACHE)/prepare-args | install
 	$(VENV)/bin/effplugin prepare layer-parallel $(BASE) $(PREPARED) --overwrite $(PREPARE_ARGS)
+
+$(SPLIT)/cloud/config.json: $(BASE)/config.json | install
+	$(VENV)/bin/effplugin prepare edge-cloud $(BASE) $(SPLIT) --overwrite $(SPLIT_ARGS)
 
 # Touched only when PREPARE_ARGS changes.
 $(CACHE)/prepare-args: FORCE
