@@ -155,6 +155,7 @@ def edge(**changes):
     ("efficiency", "options", "named"),
     [
         (CLOUD, {"enable_lora": True}, "--enable-lora.*`edge_cloud`"),
+        (CLOUD, {"quantization": "fp8"}, "quantization 'fp8'.*`edge_cloud`"),
         (CLOUD, {"speculative_config": NGRAM}, "--speculative-config.*`edge_cloud`"),
         (CLOUD, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*`edge_cloud`"),
         (CLOUD, {"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*`edge_cloud`"),

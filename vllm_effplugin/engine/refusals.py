@@ -238,6 +238,11 @@ def with_streamed_states(vllm_config: VllmConfig) -> None:
             "--runner pooling is not supported with `edge_cloud`, which is for generation: leave "
             "it at `auto`"
         )
+    if model.quantization is not None:
+        raise UnsupportedError(
+            f"quantization {model.quantization!r} is not supported with `edge_cloud`, whose edge "
+            "was trained for the model as it is: serve unquantised weights"
+        )
     if vllm_config.lora_config is not None:
         raise UnsupportedError(
             "--enable-lora is not supported with `edge_cloud`: merge the adapter into the "
