@@ -441,7 +441,7 @@ def naive(edge: Path) -> Path:
         with staged_directory(out, overwrite=False) as staging:
             for file in edge.iterdir():
                 if file.name != "config.json":
-                    (staging / file.name).hardlink_to(file)
+                    (staging / file.name).symlink_to(file.resolve())
             config = json.loads((edge / "config.json").read_text(encoding="utf-8"))
             split = config["efficiency"]["edge_cloud"]
             split |= {"transport": "fp32", "deadline_s": TIMEOUT_S, "mode": "cloud"}
