@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
 
 from vllm_effplugin.techniques.edge_cloud.link import PATH
@@ -93,8 +93,8 @@ class SlowLink:
             await asyncio.gather(
                 self._carry(reader, far_writer, self.up), self._carry(far_reader, writer, self.down)
             )
-        except OSError:
-            pass
+        except (OSError, asyncio.CancelledError):
+            pass  # the connection broke, or the benchmark is over
         finally:
             self._open.discard(writer)
             for each in (writer, far_writer):
@@ -160,7 +160,10 @@ class Relay:
         await self._server.serve()
 
     async def _describe(self) -> Any:
-        found = (await self._client.get(PATH)).json()
+        try:
+            found = (await self._client.get(PATH)).json()
+        except httpx.HTTPError as error:
+            raise HTTPException(503, str(error)) from None
         self._hidden_size = found["hidden_size"]
         return found
 
