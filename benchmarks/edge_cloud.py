@@ -114,11 +114,17 @@ class Server:
             "--dtype", DTYPE, "--max-model-len", "1024", "--max-num-seqs", "32",
             "--no-enable-prefix-caching",  # every mode sends the same prompts
             "--disable-uvicorn-access-log",
+            # vLLM's CPU backend puts the worker into a process of its own unless it is told this and
+            # `VLLM_ENABLE_V1_MULTIPROCESSING=0`. The two would wait for each other by spinning: on
+            # one core for half of the time, and as processor time that is no work.
+            "--distributed-executor-backend", "uni",
         ]  # fmt: skip
         environment = {
             **os.environ,
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": str(self.core),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
             **self.environment,
         }
         with (LOGS / f"edge_cloud-{self.name}.log").open("wb") as log:
