@@ -114,9 +114,9 @@ class Server:
             "--dtype", DTYPE, "--max-model-len", "1024", "--max-num-seqs", "32",
             "--no-enable-prefix-caching",  # every mode sends the same prompts
             "--disable-uvicorn-access-log",
-            # vLLM's CPU backend puts the worker into a process of its own unless it is told this and
-            # `VLLM_ENABLE_V1_MULTIPROCESSING=0`. The two would wait for each other by spinning: on
-            # one core for half of the time, and as processor time that is no work.
+            # vLLM's CPU backend puts the worker into a process of its own unless it is told this
+            # and `VLLM_ENABLE_V1_MULTIPROCESSING=0`. The two would wait for each other by spinning,
+            # which counts as processor time.
             "--distributed-executor-backend", "uni",
         ]  # fmt: skip
         environment = {

@@ -446,7 +446,11 @@ CONTRACT: tuple[Interface, ...] = (
     ),
     Interface("vllm.v1.core.sched.scheduler", "Scheduler.add_request", "cache salts", ("request",)),
     Interface("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "cache salts"),
-    Interface("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "which requests start"),
+    Interface(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.schedule",
+        "which requests start, when steps wait",
+    ),
     Interface(
         "vllm.v1.core.sched.scheduler",
         "Scheduler._free_request",

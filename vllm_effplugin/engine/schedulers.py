@@ -18,7 +18,8 @@ from vllm.v1.request import Request
 from vllm_effplugin.engine.counters import publish_for
 from vllm_effplugin.engine.settings import ANSWERS, STATES, efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
-from vllm_effplugin.techniques.edge_cloud.config import EdgeConfig
+from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig, Mode
+from vllm_effplugin.techniques.edge_cloud.gather import CloudGather, EdgeGather
 from vllm_effplugin.techniques.edge_cloud.request import requested_mode
 from vllm_effplugin.techniques.edge_cloud.totals import EDGE_TOTALS, ORIGINS
 from vllm_effplugin.techniques.joint_exit import request as exit_request
@@ -59,6 +60,16 @@ class _SaltedRequests:
             request.update_block_hashes()
         super().add_request(request)  # type: ignore[misc]
 
+    def _nothing(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """A step in which no request takes part, as when vLLM is paused."""
+        most = self.max_num_scheduled_tokens  # type: ignore[has-type]
+        self.max_num_scheduled_tokens = 0
+        try:
+            found: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.max_num_scheduled_tokens = most
+        return found
+
     def _policy(self, request: Request) -> str | None:
         """What a request's entries have to be told from others by; None where by nothing."""
         if self._efficiency.early_exit is not None:
@@ -86,12 +97,16 @@ class _StreamedStates(_SaltedRequests):
     def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, **kwargs)
         self._width = vllm_config.model_config.get_hidden_size()
+        cloud = self._efficiency.edge_cloud
+        assert isinstance(cloud, CloudConfig)
+        self._gather = CloudGather(cloud.gather_ms / 1e3)
         self._arrived: dict[str, deque[torch.Tensor]] = {}
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
         # The last call of a session has none, and ends it.
         if request.resumable and params is not None:
+            self._gather.arrived(time.monotonic())
             raw = (params.extra_args or {}).pop(STATES, b"")
             states = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(-1, self._width)
             if request.request_id in self.requests:  # type: ignore[attr-defined]
@@ -102,6 +117,12 @@ class _StreamedStates(_SaltedRequests):
                 request.block_hashes.clear()
                 request.update_block_hashes()
         super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self._gather.holds(time.monotonic()):
+            return self._nothing(*args, **kwargs)
+        found: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        return found
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         states = self._arrived[session.request_id].popleft()
@@ -134,14 +155,46 @@ class _ParkedRequests(_SaltedRequests):
         edge = self._efficiency.edge_cloud
         assert isinstance(edge, EdgeConfig)
         self._edge = edge
+        self._gather = EdgeGather(edge.gather_ms / 1e3)
+        self._alone: set[str] = set()
+        """Requests that never ask."""
+
+    def add_request(self, request: Request) -> None:
+        if self._mode(request) == "standalone":
+            self._alone.add(request.request_id)
+        super().add_request(request)
 
     def _policy(self, request: Request) -> str | None:
-        params = request.sampling_params
-        if requested_mode(self._edge, params.extra_args if params else None) == "standalone":
+        if self._mode(request) == "standalone":
             return super()._policy(request)
         # The cloud needs all hidden states, and the cache has none: only what ran in this request's
         # own name may be found there again.
         return f"edge_cloud:{request.request_id}"
+
+    def _mode(self, request: Request) -> Mode:
+        params = request.sampling_params
+        return requested_mode(self._edge, params.extra_args if params else None)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self._gather.holds(*self._ready_and_parked(), time.monotonic()):
+            return self._nothing(*args, **kwargs)
+        found: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        return found
+
+    def _ready_and_parked(self) -> tuple[int, int]:
+        """Requests that could go on and such that wait for the cloud; 0, 0 where none should wait:
+        for prompts, and for those that never ask.
+        """
+        running: list[Request] = self.running  # type: ignore[attr-defined]
+        most: int = self.max_num_running_reqs  # type: ignore[attr-defined]
+        if self.waiting and len(running) < most:  # type: ignore[attr-defined]
+            return 0, 0
+        ready = [request for request in running if request.num_tokens > request.num_computed_tokens]
+        for request in ready:
+            prompt = request.num_computed_tokens < request.num_prompt_tokens
+            if prompt or request.request_id in self._alone:
+                return 0, 0
+        return len(ready), len(running) - len(ready)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -174,6 +227,7 @@ class _ParkedRequests(_SaltedRequests):
         self._seconds[name] = waited + answer["waited"], computed + answer["computed"]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._alone.discard(request.request_id)
         origins = self._origins.pop(request.request_id, Counter())
         waited, computed = self._seconds.pop(request.request_id, (0.0, 0.0))
         found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]

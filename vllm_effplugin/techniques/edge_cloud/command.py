@@ -86,6 +86,10 @@ def edge_cloud(
     deadline: Annotated[
         float, typer.Option(help="Seconds after which the edge takes its own token.")
     ] = 1.0,
+    gather_ms: Annotated[
+        float,
+        typer.Option(help="Milliseconds that a few requests wait for those at the cloud; 0: none."),
+    ] = 50.0,
     adapter_tokens: AdapterTokens = 32768,
     gate_epochs: GateEpochs = 20,
     text: Text = None,
@@ -122,6 +126,7 @@ def edge_cloud(
                 "mode": mode.value,
                 "transport": transport.value,
                 "deadline_s": deadline,
+                "gather_ms": gather_ms,
                 "train": {
                     "adapter_tokens": adapter_tokens,
                     "gate_epochs": gate_epochs,

@@ -24,6 +24,9 @@ class CloudConfig(BaseModel):
     )
     partition: int = Field(ge=1, description="Layers of the unsplit model that the edge runs.")
     limits: Limits = Field(default_factory=Limits, description="What clients may take.")
+    gather_ms: float = Field(
+        2.0, ge=0, le=100, description="A step waits until so long after the last question."
+    )
 
 
 class EdgeConfig(BaseModel):
@@ -46,6 +49,13 @@ class EdgeConfig(BaseModel):
     )
     deadline_s: float = Field(
         1.0, gt=0, description="For a token of the cloud; the edge takes its own when it is over."
+    )
+    gather_ms: float = Field(
+        50.0,
+        ge=0,
+        le=1000,
+        description="Longest time that less than half of the requests wait for those which are at "
+        "the cloud, to share a step with them.",
     )
 
 

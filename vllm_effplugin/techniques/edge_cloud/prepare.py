@@ -76,6 +76,7 @@ class SplitRequest(BaseModel):
     mode: Mode = "collaborative"
     transport: Literal["fp32", "fp16", "int8"] = "fp16"
     deadline_s: float = Field(1.0, gt=0)
+    gather_ms: float = Field(50.0, ge=0, le=1000)
     train: TrainSettings = Field(default_factory=TrainSettings)
     text: Path | None = None
     text_tokens: int = Field(65536, ge=1)
@@ -184,6 +185,7 @@ def prepare(
         mode=request.mode,
         transport=request.transport,
         deadline_s=request.deadline_s,
+        gather_ms=request.gather_ms,
     )
     config = exits.config(request.exits, thresholds)
     parts: list[tuple[str, int, int, EfficiencyConfig, Any]] = [
