@@ -40,7 +40,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -415,23 +415,29 @@ class Setup:
 
 
 @asynccontextmanager
-async def everything(parts: Path, model: Path) -> AsyncIterator[Setup]:
-    """All servers, started and connected."""
+async def everything(
+    parts: Path, model: Path, transport: str, *, naive: bool
+) -> AsyncIterator[Setup]:
+    """All servers, started and connected; that of mode `naive` on request."""
+    below = variant(parts / "edge", f"edge-{transport}", transport=transport)
+    slow = {"transport": "fp32", "deadline_s": TIMEOUT_S, "mode": "cloud"}
     first, *_, last = sorted(os.sched_getaffinity(0))
     whole = Server("whole", model, last)
     named = {"VLLM_PLUGINS": "effplugin"}
     cloud = Server("cloud", parts / "cloud", last, named, ready=PATH)
     whole_link, cloud_link = SlowLink(whole.port), SlowLink(cloud.port)
     relay = Relay(cloud_link.url)
-    edge = Server("edge", parts / "edge", first, {CLOUD_URL: cloud_link.url})
-    naive_edge = Server("naive-edge", naive(parts / "edge"), first, {CLOUD_URL: relay.url})
+    edge = Server("edge", below, first, {CLOUD_URL: cloud_link.url})
+    naive_below = variant(parts / "edge", "naive-edge", **slow)
+    naive_edge = Server("naive-edge", naive_below, first, {CLOUD_URL: relay.url})
     async with AsyncExitStack() as stack:
         for link in (whole_link, cloud_link):
             await link.start()
             stack.push_async_callback(link.stop)
         serving = asyncio.ensure_future(relay.serve())
         stack.callback(serving.cancel)
-        for pair in ((whole, edge), (cloud, naive_edge)):  # one on each core
+        others = (cloud, naive_edge) if naive else (cloud,)
+        for pair in ((whole, edge), others):  # one on each core
             for server in pair:
                 server.start()
                 stack.callback(server.kill, signal.SIGTERM)
@@ -440,17 +446,16 @@ async def everything(parts: Path, model: Path) -> AsyncIterator[Setup]:
         yield Setup(whole, whole_link, cloud, cloud_link, edge, naive_edge, read_prompts())
 
 
-def naive(edge: Path) -> Path:
-    """The same edge, for the relay: hidden states in fp32, and all the time that it takes."""
-    out = edge.with_name("naive-edge")
+def variant(edge: Path, name: str, **changes: Any) -> Path:
+    """The same edge with other settings."""
+    out = edge.with_name(name)
     if not out.exists():
         with staged_directory(out, overwrite=False) as staging:
             for file in edge.iterdir():
                 if file.name != "config.json":
                     (staging / file.name).symlink_to(file.resolve())
             config = json.loads((edge / "config.json").read_text(encoding="utf-8"))
-            split = config["efficiency"]["edge_cloud"]
-            split |= {"transport": "fp32", "deadline_s": TIMEOUT_S, "mode": "cloud"}
+            config["efficiency"]["edge_cloud"] |= changes
             (staging / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return out
 
@@ -506,23 +511,22 @@ def names() -> list[str]:
 
 
 async def run(
-    parts: Path, model: Path, chosen: Sequence[str], rounds: int, results: Results
+    servers: AbstractAsyncContextManager[Setup],
+    chosen: Sequence[str],
+    rounds: int,
+    results: Results,
 ) -> None:
-    """All rounds of all cases."""
-    once = [case for case in chosen if "/naive/" in case]
+    """All rounds of all cases; those of the frontier have one."""
+    once = [case for case in chosen if "/naive/" in case or "/collaborative-" in case]
     outages = [case for case in chosen if "/outage" in case]
     repeated = [case for case in chosen if case not in (*once, *outages)]
     steps = [(case, turn) for turn in range(rounds) for case in order(repeated, turn)]
     steps += [(case, 0) for case in (*once, *outages)]
-    async with everything(parts, model) as setup:
-        warm: dict[str, Any]
-        for url, warm in (
-            (setup.whole_link.url, {}),
-            (setup.edge.url, {"cloud_mode": "cloud"}),
-            (setup.edge.url, {}),
-            (setup.naive_edge.url, {"cloud_mode": "standalone"}),
-        ):
-            await load(url, setup.prompts[:16], 8, warm)  # the first requests find cold caches
+    async with servers as setup:
+        # The first requests find cold caches.
+        await load(setup.whole_link.url, setup.prompts[:16], 8, {})
+        for mode in ("cloud", "collaborative"):
+            await load(setup.edge.url, setup.prompts[:16], 8, {"cloud_mode": mode})
         with tqdm(total=len(steps), unit="run") as bar:
             for case, turn in steps:
                 bar.set_description(case)
@@ -584,6 +588,9 @@ def main() -> int:
     parser.add_argument(
         "--model", type=Path, default=CACHE / "smollm2", help="SmolLM2 checkpoint directory"
     )
+    parser.add_argument(
+        "--transport", choices=("fp32", "fp16", "int8"), default="fp16", help="of the edge"
+    )
     arguments = parser.parse_args()
     globs = arguments.cases or ["*"]
     chosen = [case for case in names() if any(fnmatch.fnmatchcase(case, glob) for glob in globs)]
@@ -594,13 +601,16 @@ def main() -> int:
     build_smollm2(arguments.model)
     parts = prepared(arguments.model)
     meta = describe_run(arguments)
+    meta["transport"] = arguments.transport
     meta["link"] = {"round_trip_s": ROUND_TRIP_S, "bits_per_s": BITS_PER_S}
     meta["requests"], meta["new_tokens"] = REQUESTS, NEW_TOKENS
     results = Results()
     rounds = arguments.rounds or (3 if arguments.quick else 7)
     with termination_unwinds():
         try:
-            asyncio.run(run(parts, arguments.model, chosen, rounds, results))
+            naive = any("/naive/" in case for case in chosen)
+            servers = everything(parts, arguments.model, arguments.transport, naive=naive)
+            asyncio.run(run(servers, chosen, rounds, results))
         finally:
             rows = results.rows()
             table = as_table(rows)

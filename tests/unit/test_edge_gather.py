@@ -5,19 +5,19 @@ from __future__ import annotations
 from vllm_effplugin.techniques.edge_cloud.gather import CloudGather, EdgeGather
 
 
-def test_an_edge_waits_for_half_of_its_requests_and_not_for_ever() -> None:
+def test_an_edge_waits_for_a_third_of_its_requests_and_not_for_ever() -> None:
     gather = EdgeGather(0.05)
     assert not gather.holds(0, 8, 0.0)  # nobody could go on
     assert not gather.holds(1, 0, 0.0)  # nobody else is under way
-    assert not gather.holds(4, 4, 0.0)
-    assert gather.holds(3, 5, 1.0)
-    assert gather.holds(3, 5, 1.04)
-    assert not gather.holds(4, 4, 1.045)
+    assert not gather.holds(3, 5, 0.0)
+    assert gather.holds(2, 6, 1.0)
+    assert gather.holds(2, 6, 1.04)
+    assert not gather.holds(3, 5, 1.045)
     # From then on anew, and no longer than it may take.
     assert gather.holds(1, 7, 1.05)
     assert gather.holds(2, 6, 1.09)
-    assert not gather.holds(3, 5, 1.101)
-    assert gather.holds(3, 5, 1.102)
+    assert not gather.holds(2, 6, 1.101)
+    assert gather.holds(2, 6, 1.102)
 
 
 def test_a_cloud_waits_while_questions_keep_coming() -> None:

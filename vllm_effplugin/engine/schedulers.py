@@ -300,7 +300,7 @@ class _MergingRequests(_SaltedRequests):
         """How many of the waiting requests start."""
         # What runs comes first.
         running: list[Request] = self.running  # type: ignore[attr-defined]
-        budget: int = self.max_num_scheduled_tokens  # type: ignore[attr-defined]
+        budget: int = self.max_num_scheduled_tokens
         budget -= sum(request.num_tokens - request.num_computed_tokens for request in running)
         first = list(islice(self.waiting, seats + 1))  # type: ignore[attr-defined]
         if seats <= 0 or budget <= 0 or not first:

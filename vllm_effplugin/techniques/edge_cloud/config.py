@@ -54,8 +54,8 @@ class EdgeConfig(BaseModel):
         50.0,
         ge=0,
         le=1000,
-        description="Longest time that less than half of the requests wait for those which are at "
-        "the cloud, to share a step with them.",
+        description="Longest time that less than a third of the requests wait for those which are "
+        "at the cloud, to share a step with them.",
     )
 
 

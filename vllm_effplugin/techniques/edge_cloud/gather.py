@@ -6,7 +6,7 @@ Questions scatter the requests of a batch; left alone, edge and cloud would run 
 
 from __future__ import annotations
 
-SHARE = 0.5
+SHARE = 1 / 3
 """Of an edge's requests, those that make a step worth it. The others are under way meanwhile, so
 that edge and cloud work at the same time."""
 
