@@ -67,12 +67,12 @@ def test_two_servers_give_the_whole_models_text(tmp_path, monkeypatch):
             check_answers(lower, upper, whole)
         assert origins(ask(lower, vllm_xargs=always)).keys() == {"link"}
         with serving(cloud, tmp_path / "again", *guarded, port=port):
-            until(lambda: origins(ask(lower, vllm_xargs=always)) == {"cloud": 16})
+            until(lambda: origins(ask(lower, vllm_xargs=always)) == {"cloud": 16}, 90)
 
 
 def check_answers(lower: httpx.Client, upper: httpx.Client, whole: Path) -> None:
     """Tokens, refusals and metrics while both are there."""
-    until(lambda: sample(shown(lower), "edge_up") == 1)
+    until(lambda: sample(shown(lower), "edge_up") == 1, 90)
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
     ids = torch.tensor([[ord(letter) for letter in WORDS]])
     expected = model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)

@@ -297,6 +297,32 @@ def test_slow_clouds_are_not_waited_for(parts, tmp_path, monkeypatch):
         until_up(llm)
 
 
+def test_requests_that_never_ask_wait_for_nobody(parts, tmp_path, monkeypatch):
+    from vllm import SamplingParams
+
+    settings = {"mode": "cloud", "gather_ms": 1000}
+    with edge_and_cloud(parts, tmp_path, monkeypatch, rates(1.0, 1.0), **settings) as (
+        llm,
+        _,
+        upper,
+    ):
+        upper.pause = 0.1
+        for name, mode in (("a", "cloud"), ("b", "cloud"), ("c", "cloud"), ("d", "standalone")):
+            params = SamplingParams(
+                temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False,
+                extra_args={"cloud_mode": mode},
+            )  # fmt: skip
+            llm.llm_engine.add_request(name, {"prompt_token_ids": [3, 4, 5]}, params)
+        finished: list[str] = []
+        while llm.llm_engine.has_unfinished_requests():
+            done = [each.request_id for each in llm.llm_engine.step() if each.finished]
+            if "d" in done:
+                # A step of it that waited would have waited for a token of all others.
+                assert len(upper.said) < 3 * TOKENS / 2
+            finished += done
+        assert sorted(name.partition("-")[0] for name in finished) == ["a", "b", "c", "d"]
+
+
 def test_the_cloud_draws_as_the_request_says(parts, tmp_path, monkeypatch):
     from vllm import SamplingParams
 

@@ -65,8 +65,8 @@ def service(server: Server) -> CloudService:
     return found
 
 
-def until(holds: Callable[[], Any]) -> None:
-    limit = time.monotonic() + PATIENCE
+def until(holds: Callable[[], Any], patience: float = PATIENCE) -> None:
+    limit = time.monotonic() + patience
     while not holds():
         assert time.monotonic() < limit, "it took too long"
         time.sleep(0.005)
