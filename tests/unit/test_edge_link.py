@@ -150,6 +150,29 @@ def test_many_requests_share_messages() -> None:
         assert link.totals["exchanges"] == before + 1
 
 
+def test_messages_do_not_overtake_each_other() -> None:
+    """What comes first may take longest: a prompt, before the question behind it."""
+    app = cloud()
+    came = 0
+
+    @app.middleware("http")
+    async def delay(request: Request, go_on: Any) -> Any:
+        nonlocal came
+        if request.method == "POST":
+            came += 1
+            await asyncio.sleep(0.3 / came)
+        return await go_on(request)
+
+    with linked(server := Server(app)) as link:
+        upload(link, 0, 6)
+        until(lambda: came == 1)
+        upload(link, 6, 7)
+        found = answer(link, 6)
+        assert (found.token, found.reason) == (6, "cloud")
+        assert link.totals["repeated"] == 0
+        assert service(server).totals["replays"] == 0
+
+
 def test_a_cloud_that_starts_afresh_is_told_everything_again() -> None:
     with linked(server := Server(cloud())) as link:
         upload(link, 0, 6)

@@ -44,6 +44,10 @@ EDGE_HEADER = "X-Effplugin-Edge"
 PROBE_S = 0.25
 PROBE_TIMEOUT_S = 1.0
 CONNECT_S = 2.0
+KEPT_S = 3.0
+"""Seconds that an unused connection is kept: less than the five after which vLLM's server closes
+it, or a message might be sent into a connection that is just being closed."""
+
 MESSAGE_BYTES = 8 << 20
 """Of one message, so that a long prompt does not hold up what others ask."""
 
@@ -96,6 +100,9 @@ class _Talk:
         held: positions that the cloud said it holds.
         question: what is asked now.
         unsent: whether that has to be sent.
+        asked_in: number of the message that it was sent in.
+        unheard: number of a message whose frames of this session the cloud has said nothing of yet.
+            Messages may overtake each other, so that until then nothing more of it is sent.
     """
 
     session: bytes
@@ -106,6 +113,8 @@ class _Talk:
     held: int = 0
     question: Frame | None = None
     unsent: bool = False
+    asked_in: int = 0
+    unheard: int | None = None
 
     def asks(self, position: int) -> bool:
         """Whether this is what it waits for."""
@@ -120,7 +129,9 @@ class _Talk:
 
 def _asks_now(talk: _Talk) -> bool:
     """Whether something has to be sent that an answer depends on."""
-    return talk.question is not None and (talk.unsent or talk.next_chunk < len(talk.chunks))
+    if talk.unheard is not None or talk.question is None:
+        return False
+    return talk.unsent or talk.next_chunk < len(talk.chunks)
 
 
 class Link:
@@ -146,6 +157,7 @@ class Link:
         self._closed: list[bytes] = []
         self._heard = 0.0
         self._in_flight = 0
+        self._messages = 0
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -236,7 +248,9 @@ class Link:
         headers = {EDGE_HEADER: secrets.token_hex(8)}
         if self.settings.key:
             headers["Authorization"] = f"Bearer {self.settings.key}"
-        limits = httpx.Limits(max_connections=128, max_keepalive_connections=32)
+        limits = httpx.Limits(
+            max_connections=128, max_keepalive_connections=32, keepalive_expiry=KEPT_S
+        )
         # A connection may be silent for as long as an answer may take, and a little longer.
         timeout = httpx.Timeout(CONNECT_S, read=self.settings.deadline_s + CONNECT_S)
         async with httpx.AsyncClient(
@@ -299,19 +313,23 @@ class Link:
             if not frames:
                 return
             self._in_flight += 1
-            task = asyncio.ensure_future(self._exchange(client, frames))
+            task = asyncio.ensure_future(self._exchange(client, frames, self._messages))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     def _collect(self) -> list[Frame]:
         frames: list[Frame] = []
         size = 0
+        number = self._messages + 1
         talks = sorted(self._talks.values(), key=_asks_now, reverse=True)
         for talk in talks:
+            if talk.unheard is not None:
+                continue
             if not _asks_now(talk) and talk.next_chunk == len(talk.chunks):
                 continue
             if size > MESSAGE_BYTES:
                 break
+            talk.unheard = number
             if not talk.opened:
                 talk.opened = True
                 content = {"model": self.settings.model}
@@ -327,12 +345,13 @@ class Link:
             talk.next_chunk = len(talk.chunks)
             if talk.question is not None and talk.unsent:
                 frames.append(talk.question)
-                talk.unsent = False
+                talk.unsent, talk.asked_in = False, number
         frames += [Frame(Kind.CLOSE, session) for session in self._closed]
         self._closed.clear()
+        self._messages += bool(frames)
         return frames
 
-    async def _exchange(self, client: httpx.AsyncClient, frames: list[Frame]) -> None:
+    async def _exchange(self, client: httpx.AsyncClient, frames: list[Frame], number: int) -> None:
         message = b"".join(frame.pack() for frame in frames)
         self.totals.add("exchanges", 1)
         self.totals.add("bytes_up", len(message))
@@ -349,10 +368,10 @@ class Link:
                 async for piece in response.aiter_raw():
                     self.totals.add("bytes_down", len(piece))
                     for frame in reader.feed(piece):
-                        self._hear(frame)
+                        self._hear(frame, number)
                 reader.end()
             # What it did not answer will not be answered.
-            self._unanswered(frames)
+            self._unanswered(frames, number)
         except (httpx.HTTPError, WireError) as error:
             self.totals.add("failures", 1)
             self._go_down(f"{type(error).__name__}: {error}")
@@ -360,20 +379,26 @@ class Link:
             self._in_flight -= 1
             self._wake.set()
 
-    def _unanswered(self, frames: list[Frame]) -> None:
-        for frame in frames:
-            request = self._by_session.get(frame.session)
-            if frame.kind is Kind.ASK and request is not None:
-                talk = self._talks[request]
-                if talk.asks(frame.position) and not talk.unsent:
-                    self._end(request, talk, "link")
+    def _unanswered(self, frames: list[Frame], number: int) -> None:
+        for session in {frame.session for frame in frames}:
+            request = self._by_session.get(session)
+            if request is None:
+                continue
+            talk = self._talks[request]
+            if talk.unheard == number:
+                talk.unheard = None
+            if talk.question is not None and talk.asked_in == number and not talk.unsent:
+                self._end(request, talk, "link")
 
-    def _hear(self, frame: Frame) -> None:
+    def _hear(self, frame: Frame, number: int) -> None:
         self._heard = time.monotonic()
         request = self._by_session.get(frame.session)
         if request is None:
             return
         talk = self._talks[request]
+        if talk.unheard == number:
+            talk.unheard = None
+            self._wake.set()
         if frame.kind is Kind.HELD:
             if frame.position < talk.held:  # it forgot the session, and was told of it anew
                 talk.rewind(frame.position)
@@ -412,7 +437,7 @@ class Link:
             self._become("down")
         for request, talk in self._talks.items():
             # What it held may be lost, or not: its first reply will say.
-            talk.opened = False
+            talk.opened, talk.unheard = False, None
             talk.rewind(talk.held)
             self._end(request, talk, "link")
 
