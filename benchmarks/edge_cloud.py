@@ -65,6 +65,7 @@ from tqdm.auto import tqdm
 
 from vllm_effplugin.config.checkpoint import staged_directory
 from vllm_effplugin.engine.settings import CLOUD_URL
+from vllm_effplugin.preparation.tables import print_whole
 from vllm_effplugin.techniques.early_exit.questions import read_questions
 from vllm_effplugin.techniques.edge_cloud.link import PATH
 
@@ -338,9 +339,7 @@ class Setup:
             found["agreement"] = await agreement(self.whole, replies)
         return found
 
-    async def outage(
-        self, lose: Callable[[], Any], come_back: Callable[[], Any]
-    ) -> dict[str, float]:
+    async def outage(self, lose: Change, come_back: Change) -> dict[str, float]:
         """32 clients, and no cloud for a while.
 
         Args:
@@ -614,8 +613,7 @@ def main() -> int:
             asyncio.run(run(servers, chosen, rounds, results))
         finally:
             rows = results.rows()
-            table = as_table(rows)
-            Console(width=Console(width=1000).measure(table).maximum).print(table)
+            print_whole(Console(), as_table(rows))
             if arguments.json is not None:
                 write_json(arguments.json, meta, rows)
             if arguments.plot is not None and rows:

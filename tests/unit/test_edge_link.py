@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from tests.e2e.server import free_port
 from tests.unit.test_edge_service import SIZE, FakeEngine, make
 from vllm_effplugin.engine.endpoint import router
 from vllm_effplugin.techniques.edge_cloud.link import Link, LinkSettings, Outcome
@@ -29,10 +29,7 @@ class Server:
     """An ASGI application on a port of its own, which can go and come back."""
 
     def __init__(self, app: Any) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        self.app = app
+        self.port, self.app = free_port(), app
         self.start()
 
     def start(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from vllm.v1.request import Request
 from vllm_effplugin.engine.counters import publish_for
 from vllm_effplugin.engine.settings import ANSWERS, STATES, efficiency_of
 from vllm_effplugin.techniques.early_exit.request import cache_policy
-from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig, Mode
+from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
 from vllm_effplugin.techniques.edge_cloud.gather import CloudGather, EdgeGather
 from vllm_effplugin.techniques.edge_cloud.request import requested_mode
 from vllm_effplugin.techniques.edge_cloud.totals import EDGE_TOTALS, ORIGINS
@@ -60,16 +62,6 @@ class _SaltedRequests:
             request.update_block_hashes()
         super().add_request(request)  # type: ignore[misc]
 
-    def _nothing(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """A step in which no request takes part, as when vLLM is paused."""
-        most = self.max_num_scheduled_tokens  # type: ignore[has-type]
-        self.max_num_scheduled_tokens = 0
-        try:
-            found: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.max_num_scheduled_tokens = most
-        return found
-
     def _policy(self, request: Request) -> str | None:
         """What a request's entries have to be told from others by; None where by nothing."""
         if self._efficiency.early_exit is not None:
@@ -87,7 +79,25 @@ class _SaltedRequests:
         return f"incomplete:{request.request_id}" if leaves or merges else None
 
 
-class _StreamedStates(_SaltedRequests):
+class _WaitingSteps(_SaltedRequests):
+    """Steps that may wait for more tokens to share them (techniques/edge_cloud/gather.py)."""
+
+    @abstractmethod
+    def _holds(self) -> bool:
+        """Whether the next step waits."""
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        most = self.max_num_scheduled_tokens  # type: ignore[has-type]
+        if self._holds():  # no request takes part, as when vLLM is paused
+            self.max_num_scheduled_tokens = 0
+        try:
+            found: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.max_num_scheduled_tokens = most
+        return found
+
+
+class _StreamedStates(_WaitingSteps):
     """Sessions whose input is hidden states, a few positions at a time: the cloud's.
 
     vLLM's streaming input carries tokens only. So the states come as an extra argument, and are put
@@ -118,11 +128,8 @@ class _StreamedStates(_SaltedRequests):
                 request.update_block_hashes()
         super().add_request(request)
 
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        if self._gather.holds(time.monotonic()):
-            return self._nothing(*args, **kwargs)
-        found: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        return found
+    def _holds(self) -> bool:
+        return self._gather.holds(time.monotonic())
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         states = self._arrived[session.request_id].popleft()
@@ -139,7 +146,21 @@ class _StreamedStates(_SaltedRequests):
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
 
-class _ParkedRequests(_SaltedRequests):
+@dataclass
+class _Report:
+    """What a response says of the tokens that its request asked for.
+
+    Attributes:
+        origins: of those tokens.
+        waited, computed: seconds, as in `Answer`.
+    """
+
+    origins: Counter[str] = field(default_factory=Counter)
+    waited: float = 0.0
+    computed: float = 0.0
+
+
+class _ParkedRequests(_WaitingSteps):
     """Requests that wait for a token of the cloud: an edge's.
 
     A running request for which a step gave no token has nothing to compute, and is passed over with
@@ -149,8 +170,7 @@ class _ParkedRequests(_SaltedRequests):
 
     def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, **kwargs)
-        self._origins: dict[str, Counter[str]] = {}
-        self._seconds: dict[str, tuple[float, float]] = {}
+        self._reports: dict[str, _Report] = {}
         self.counters = publish_for(self, vllm_config, EDGE_TOTALS, "scheduler")
         edge = self._efficiency.edge_cloud
         assert isinstance(edge, EdgeConfig)
@@ -160,26 +180,20 @@ class _ParkedRequests(_SaltedRequests):
         """Requests that never ask."""
 
     def add_request(self, request: Request) -> None:
-        if self._mode(request) == "standalone":
+        params = request.sampling_params
+        if requested_mode(self._edge, params.extra_args if params else None) == "standalone":
             self._alone.add(request.request_id)
         super().add_request(request)
 
     def _policy(self, request: Request) -> str | None:
-        if self._mode(request) == "standalone":
+        if request.request_id in self._alone:
             return super()._policy(request)
         # The cloud needs all hidden states, and the cache has none: only what ran in this request's
         # own name may be found there again.
         return f"edge_cloud:{request.request_id}"
 
-    def _mode(self, request: Request) -> Mode:
-        params = request.sampling_params
-        return requested_mode(self._edge, params.extra_args if params else None)
-
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        if self._gather.holds(*self._ready_and_parked(), time.monotonic()):
-            return self._nothing(*args, **kwargs)
-        found: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        return found
+    def _holds(self) -> bool:
+        return self._gather.holds(*self._ready_and_parked(), time.monotonic())
 
     def _ready_and_parked(self) -> tuple[int, int]:
         """Requests that could go on and such that wait for the cloud; 0, 0 where none should wait:
@@ -220,28 +234,28 @@ class _ParkedRequests(_SaltedRequests):
 
     def _count(self, name: str, answer: Mapping[str, Any]) -> None:
         origin: str = answer["origin"]
-        self._origins.setdefault(name, Counter())[origin] += 1
         known = origin if origin in ORIGINS else "error"
         self.counters.add("tokens", 1, ORIGINS.index(known))
-        waited, computed = self._seconds.get(name, (0.0, 0.0))
-        self._seconds[name] = waited + answer["waited"], computed + answer["computed"]
+        report = self._reports.setdefault(name, _Report())
+        report.origins[origin] += 1
+        report.waited += answer["waited"]
+        report.computed += answer["computed"]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._alone.discard(request.request_id)
-        origins = self._origins.pop(request.request_id, Counter())
-        waited, computed = self._seconds.pop(request.request_id, (0.0, 0.0))
+        report = self._reports.pop(request.request_id, _Report())
         found = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         if found is None:
             return found
         # vLLM's only field of a response that a scheduler can fill.
-        own = request.num_output_tokens - origins.total()
+        own = request.num_output_tokens - report.origins.total()
         kv_transfer_params, *others = found
-        report = {
-            "tokens_by_origin": {"edge": own, **origins},
-            "waited_s": round(waited, 6),
-            "cloud_s": round(computed, 6),
+        told = {
+            "tokens_by_origin": {"edge": own, **report.origins},
+            "waited_s": round(report.waited, 6),
+            "cloud_s": round(report.computed, 6),
         }
-        return ({**(kv_transfer_params or {}), "effplugin": report}, *others)
+        return ({**(kv_transfer_params or {}), "effplugin": told}, *others)
 
 
 class _MergingRequests(_SaltedRequests):
@@ -300,7 +314,7 @@ class _MergingRequests(_SaltedRequests):
         """How many of the waiting requests start."""
         # What runs comes first.
         running: list[Request] = self.running  # type: ignore[attr-defined]
-        budget: int = self.max_num_scheduled_tokens
+        budget: int = self.max_num_scheduled_tokens  # type: ignore[attr-defined]
         budget -= sum(request.num_tokens - request.num_computed_tokens for request in running)
         first = list(islice(self.waiting, seats + 1))  # type: ignore[attr-defined]
         if seats <= 0 or budget <= 0 or not first:

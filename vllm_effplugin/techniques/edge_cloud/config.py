@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_effplugin.techniques.edge_cloud.contexts import Limits
 
 Mode = Literal["standalone", "collaborative", "cloud"]
+Transport = Literal["fp32", "fp16", "int8"]
 
 
 class CloudConfig(BaseModel):
@@ -44,9 +45,7 @@ class EdgeConfig(BaseModel):
         description="`standalone` never asks the cloud, `collaborative` where no exit is sure, "
         "`cloud` for every token. A request may choose another one.",
     )
-    transport: Literal["fp32", "fp16", "int8"] = Field(
-        "fp16", description="Of hidden states on their way up."
-    )
+    transport: Transport = Field("fp16", description="Of hidden states on their way up.")
     deadline_s: float = Field(
         1.0, gt=0, description="For a token of the cloud; the edge takes its own when it is over."
     )

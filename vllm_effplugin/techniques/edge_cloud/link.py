@@ -16,13 +16,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_effplugin.engine.counters import Counters
+from vllm_effplugin.techniques.edge_cloud.config import Transport
 from vllm_effplugin.techniques.edge_cloud.totals import LINK_TOTALS
 from vllm_effplugin.techniques.edge_cloud.wire import (
     SESSION_BYTES,
@@ -63,7 +64,7 @@ class LinkSettings(BaseModel):
     key: str = Field("", repr=False, description="API key of the cloud.")
     model: str = Field(min_length=1, description="Names the unsplit model's weights.")
     hidden_size: int = Field(ge=1)
-    encoding: Literal["fp32", "fp16", "int8"] = "fp16"
+    encoding: Transport = "fp16"
     deadline_s: float = Field(1.0, gt=0, description="For a token, from question to answer.")
 
 

@@ -47,7 +47,7 @@ from vllm_effplugin.techniques.early_exit.thresholds import (
 )
 from vllm_effplugin.techniques.early_exit.thresholds import Path as PricePath
 from vllm_effplugin.techniques.early_exit.training import TrainSettings
-from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig, Mode
+from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig, Mode, Transport
 from vllm_effplugin.techniques.edge_cloud.split import (
     check_partition,
     model_name,
@@ -74,7 +74,7 @@ class SplitRequest(BaseModel):
     min_agreement: float = Field(0.9, gt=0, lt=1)
     confidence: float = Field(0.95, gt=0.5, lt=1)
     mode: Mode = "collaborative"
-    transport: Literal["fp32", "fp16", "int8"] = "fp16"
+    transport: Transport = "fp16"
     deadline_s: float = Field(1.0, gt=0)
     gather_ms: float = Field(50.0, ge=0, le=1000)
     train: TrainSettings = Field(default_factory=TrainSettings)
