@@ -6,6 +6,7 @@ What it adds for CPUs is in `cpu_worker.py`.
 
 from __future__ import annotations
 
+import time
 from copy import copy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
 
     from vllm_effplugin.techniques.edge_cloud.desk import Desk, Question
+
+PAUSE_S = 0.001
+"""As vLLM's own loop pauses where it has nothing to run."""
 
 DUMMY_CONTEXT = 128
 """Positions of a request, where there is room for them, while costs are measured."""
@@ -78,8 +82,13 @@ class EffpluginWorker(Worker):
         desk.unpark(scheduler_output.preempted_req_ids or ())
         desk.close(scheduler_output.finished_req_ids)
         output = super().execute_model(scheduler_output)
-        # None where tokens are sampled next.
-        return output if output is None else self._answered(output, desk)
+        if output is None:  # tokens are sampled next
+            return None
+        if desk.waits:
+            # Nothing ran. An engine in its caller's process would come back at once, for ever, and
+            # leave the link's thread no time to hear the cloud.
+            time.sleep(PAUSE_S)
+        return self._answered(output, desk)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)

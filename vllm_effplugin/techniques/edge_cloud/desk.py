@@ -92,6 +92,11 @@ class Desk:
             found[request] = Answer(token, told.reason, told.waited, told.computed)
         return found
 
+    @property
+    def waits(self) -> bool:
+        """Whether a request is parked."""
+        return bool(self._parked)
+
     def flush(self) -> None:
         """Have what was handed over sent."""
         self._link.flush()
