@@ -13,6 +13,11 @@ MT-Bench's, half TriviaQA's. Cases are `edge_cloud/<mode>/c<clients>`:
 - `outage`: collaborative, the cloud's processes killed for ten seconds in the middle and started
   again; `outage-link`: only the link cut.
 
+`--random` takes a Llama with random weights, whose steps take longer than the link, and gates that
+let a pseudo-random share of the tokens leave: what splitting saves and costs, not what a model can
+spare. `collaborative-0.5` keeps half of the tokens at each of its two exits, and so asks for a
+quarter of them.
+
 Metrics:
 
 - `total_s`: until the last answer.
@@ -50,6 +55,7 @@ import psutil
 from harness import (
     CACHE,
     DTYPE,
+    SEED,
     Metric,
     Row,
     argument_parser,
@@ -63,20 +69,40 @@ from rich.console import Console
 from slow_link import BITS_PER_S, ROUND_TRIP_S, TIMEOUT_S, Relay, SlowLink, free_port
 from tqdm.auto import tqdm
 
+from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import staged_directory
 from vllm_effplugin.engine.settings import CLOUD_URL
+from vllm_effplugin.preparation.base import load_tokenizer
 from vllm_effplugin.preparation.tables import print_whole
+from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.questions import read_questions
+from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
 from vllm_effplugin.techniques.edge_cloud.link import PATH
+from vllm_effplugin.techniques.edge_cloud.split import model_name, write_part
 
 LOGS = CACHE / "benchmarks"
 CLIENTS = (8, 32)
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
-REQUESTS, NEW_TOKENS = 64, 32
+REQUESTS = 64
 LONGEST_PROMPT = 600
 """Characters."""
 
+RANDOM: dict[str, Any] = {
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""Of a Llama with 480 million parameters, for SmolLM2's tokenizer."""
+RANDOM_EXITS = (4, 8)
+"""At a quarter and half of the layers, as in the paper."""
+
 OUTAGE_S, BEFORE_S, AFTER_S = 10.0, 10.0, 10.0
+RECOVERY_LIMIT_S = 120.0
 START_LIMIT_S = 600.0
 HIGHER = ("agreement", "finished")
 
@@ -204,16 +230,16 @@ class Reply:
     report: dict[str, Any]
 
 
-def body(prompt: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def body(prompt: str, new_tokens: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Of a request."""
     return {
-        "model": "model", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0,
+        "model": "model", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0,
         "ignore_eos": True, "return_token_ids": True, "vllm_xargs": dict(extra) or None,
     }  # fmt: skip
 
 
 async def load(
-    url: str, prompts: Sequence[str], clients: int, extra: Mapping[str, Any]
+    url: str, prompts: Sequence[str], new_tokens: int, clients: int, extra: Mapping[str, Any]
 ) -> tuple[float, list[Reply]]:
     """Have so many clients ask all prompts; seconds until the last answer, and the answers."""
     waiting, replies = list(reversed(prompts)), []
@@ -223,7 +249,8 @@ async def load(
         async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as speaks:
             while waiting:
                 began = time.perf_counter()
-                answer = await speaks.post("/v1/completions", json=body(waiting.pop(), extra))
+                asked = body(waiting.pop(), new_tokens, extra)
+                answer = await speaks.post("/v1/completions", json=asked)
                 answer.raise_for_status()
                 said = answer.json()
                 [choice] = said["choices"]
@@ -300,6 +327,7 @@ class Setup:
     edge: Server
     naive_edge: Server
     prompts: list[str]
+    new_tokens: int
 
     async def measure(
         self, mode: str, clients: int, extra: Mapping[str, Any], *, agrees: bool
@@ -312,7 +340,7 @@ class Setup:
             before = await samples(client)
             counted = link.up.bytes, server.seconds(), edge.seconds()
             seconds, replies = await load(
-                link.url if direct else edge.url, self.prompts, clients, extra
+                link.url if direct else edge.url, self.prompts, self.new_tokens, clients, extra
             )
             await asyncio.sleep(0.5)  # what still goes up
             after = await samples(client)
@@ -360,8 +388,9 @@ class Setup:
                 before = await self._cloud_tokens(client)
                 await come_back()
                 began = time.perf_counter()
-                while await self._cloud_tokens(client) == before:
-                    await asyncio.sleep(0.02)
+                async with asyncio.timeout(RECOVERY_LIMIT_S):
+                    while await self._cloud_tokens(client) == before:
+                        await asyncio.sleep(0.02)
                 recovery = time.perf_counter() - began
                 await asyncio.sleep(AFTER_S)
             finally:
@@ -369,8 +398,8 @@ class Setup:
                 await asyncio.gather(*clients)
         return {
             "requests": float(len(counts)),
-            "finished": sum(count >= NEW_TOKENS for count in counts) / len(counts),
-            "duplicates": float(sum(max(0, count - NEW_TOKENS) for count in counts)),
+            "finished": sum(count >= self.new_tokens for count in counts) / len(counts),
+            "duplicates": float(sum(max(0, count - self.new_tokens) for count in counts)),
             "recovery_s": recovery,
         }
 
@@ -382,7 +411,7 @@ class Setup:
             while not over.is_set():
                 prompt, turn = prompts[turn % len(prompts)], turn + 1
                 count = 0
-                asked = {**body(prompt, {}), "stream": True}
+                asked = {**body(prompt, self.new_tokens, {}), "stream": True}
                 with suppress(httpx.HTTPError):  # a request that breaks has not finished
                     async with client.stream("POST", "/v1/completions", json=asked) as answer:
                         async for line in answer.aiter_lines():
@@ -416,7 +445,7 @@ class Setup:
 
 @asynccontextmanager
 async def everything(
-    parts: Path, model: Path, transport: str, *, naive: bool
+    parts: Path, model: Path, transport: str, new_tokens: int, *, naive: bool
 ) -> AsyncIterator[Setup]:
     """All servers, started and connected; that of mode `naive` on request."""
     below = variant(parts / "edge", f"edge-{transport}", transport=transport)
@@ -443,7 +472,9 @@ async def everything(
                 stack.callback(server.kill, signal.SIGTERM)
             for server in pair:
                 await server.wait()
-        yield Setup(whole, whole_link, cloud, cloud_link, edge, naive_edge, read_prompts())
+        yield Setup(
+            whole, whole_link, cloud, cloud_link, edge, naive_edge, read_prompts(), new_tokens
+        )
 
 
 def variant(edge: Path, name: str, **changes: Any) -> Path:
@@ -462,11 +493,38 @@ def variant(edge: Path, name: str, **changes: Any) -> Path:
 
 def prepared(model: Path) -> Path:
     """Edge and cloud; made unless they are there."""
-    out = CACHE / "benchmarks" / "edge_cloud"
+    out = CACHE / "benchmarks" / f"{model.name}-edge-cloud"
     if not (out / "cloud" / "config.json").exists():
         command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "edge-cloud"]
         split = ("--partition", "15", "--exits", "10,15", "--deadline", "5")
         subprocess.run([*command, str(model), str(out), *split], check=True)
+    return out
+
+
+def build_random_parts(model: Path) -> Path:
+    """Edge and cloud of a Llama with seeded random weights; made unless they are there."""
+    out = CACHE / "benchmarks" / f"{model.name}-edge-cloud"
+    if not model.exists():
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(SEED)
+        with staged_directory(model, overwrite=False) as staging:
+            weights = LlamaForCausalLM._from_config(LlamaConfig(**RANDOM), dtype=torch.bfloat16)
+            weights.save_pretrained(staging)
+            load_tokenizer(CACHE / "smollm2").save_pretrained(staging)
+    if not (out / "cloud" / "config.json").exists():
+        depth, layers = RANDOM_EXITS[-1], RANDOM["num_hidden_layers"]
+        gates = [{"depth": exit, "gate": "rate", "threshold": 0.7} for exit in RANDOM_EXITS]
+        name = model_name(model)
+        edge = EdgeConfig(role="edge", model=name, layers=layers, deadline_s=5.0)
+        cloud = CloudConfig(role="cloud", model=name, partition=depth)
+        exits = EarlyExitConfig.model_validate({"exits": gates})
+        for part, first, end, efficiency in (
+            ("edge", 0, depth, EfficiencyConfig(early_exit=exits, edge_cloud=edge)),
+            ("cloud", depth, layers, EfficiencyConfig(edge_cloud=cloud)),
+        ):
+            write_part(model, out / part, first, end, efficiency, work=out.parent, provenance={})
     return out
 
 
@@ -515,8 +573,14 @@ async def run(
     chosen: Sequence[str],
     rounds: int,
     results: Results,
+    *,
+    agrees: bool,
 ) -> None:
-    """All rounds of all cases; those of the frontier have one."""
+    """All rounds of all cases; those of the frontier have one.
+
+    Args:
+        agrees: measure the agreement too.
+    """
     once = [case for case in chosen if "/naive/" in case or "/collaborative-" in case]
     outages = [case for case in chosen if "/outage" in case]
     repeated = [case for case in chosen if case not in (*once, *outages)]
@@ -524,9 +588,10 @@ async def run(
     steps += [(case, 0) for case in (*once, *outages)]
     async with servers as setup:
         # The first requests find cold caches.
-        await load(setup.whole_link.url, setup.prompts[:16], 8, {})
+        first = setup.prompts[:16], 32, 8
+        await load(setup.whole_link.url, *first, {})
         for mode in ("cloud", "collaborative"):
-            await load(setup.edge.url, setup.prompts[:16], 8, {"cloud_mode": mode})
+            await load(setup.edge.url, *first, {"cloud_mode": mode})
         with tqdm(total=len(steps), unit="run") as bar:
             for case, turn in steps:
                 bar.set_description(case)
@@ -542,7 +607,9 @@ async def run(
                         extra["cloud_mode"] = name
                     if threshold:
                         extra["exit_threshold"] = float(threshold)
-                    found = await setup.measure(name, int(clients[1:]), extra, agrees=turn == 0)
+                    found = await setup.measure(
+                        name, int(clients[1:]), extra, agrees=agrees and turn == 0
+                    )
                 results.add(case, found)
                 bar.update()
 
@@ -588,6 +655,8 @@ def main() -> int:
     parser.add_argument(
         "--model", type=Path, default=CACHE / "smollm2", help="SmolLM2 checkpoint directory"
     )
+    parser.add_argument("--random", action="store_true", help="a larger model: see above")
+    parser.add_argument("--new-tokens", type=int, default=32, help="of each answer")
     parser.add_argument(
         "--transport", choices=("fp32", "fp16", "int8"), default="fp16", help="of the edge"
     )
@@ -599,18 +668,26 @@ def main() -> int:
         return 0 if chosen else 2
     LOGS.mkdir(parents=True, exist_ok=True)
     build_smollm2(arguments.model)
-    parts = prepared(arguments.model)
+    model = arguments.model
+    if arguments.random:
+        model = CACHE / "benchmarks" / "random-llama-480m"
+        parts = build_random_parts(model)
+    else:
+        parts = prepared(model)
     meta = describe_run(arguments)
     meta["transport"] = arguments.transport
     meta["link"] = {"round_trip_s": ROUND_TRIP_S, "bits_per_s": BITS_PER_S}
-    meta["requests"], meta["new_tokens"] = REQUESTS, NEW_TOKENS
+    meta["requests"], meta["new_tokens"] = REQUESTS, arguments.new_tokens
     results = Results()
     rounds = arguments.rounds or (3 if arguments.quick else 7)
     with termination_unwinds():
         try:
             naive = any("/naive/" in case for case in chosen)
-            servers = everything(parts, arguments.model, arguments.transport, naive=naive)
-            asyncio.run(run(servers, chosen, rounds, results))
+            servers = everything(
+                parts, model, arguments.transport, arguments.new_tokens, naive=naive
+            )
+            agrees = not arguments.random
+            asyncio.run(run(servers, chosen, rounds, results, agrees=agrees))
         finally:
             rows = results.rows()
             print_whole(Console(), as_table(rows))

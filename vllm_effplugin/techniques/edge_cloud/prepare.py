@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,7 +21,6 @@ from vllm_effplugin.config.checkpoint import (
     read_model_config,
     require_output,
     stock_architecture,
-    write_checkpoint,
 )
 from vllm_effplugin.config.provenance import collect_provenance
 from vllm_effplugin.errors import ConfigError, UnsupportedError
@@ -51,7 +49,7 @@ from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig,
 from vllm_effplugin.techniques.edge_cloud.split import (
     check_partition,
     model_name,
-    write_layers,
+    write_part,
 )
 
 FRONTIER_POINTS = 24
@@ -187,29 +185,21 @@ def prepare(
         deadline_s=request.deadline_s,
         gather_ms=request.gather_ms,
     )
-    config = exits.config(request.exits, thresholds)
-    parts: list[tuple[str, int, int, EfficiencyConfig, Any]] = [
-        (
-            "edge", 0, request.partition,
-            EfficiencyConfig(early_exit=config, edge_cloud=edge),
-            {"tensors": tensors, "files": {"frontier.png": frontier_png(frontier, promise)}},
-        ),
-        (
-            "cloud", request.partition, layers,
-            EfficiencyConfig(
-                edge_cloud=CloudConfig(role="cloud", model=name, partition=request.partition)
-            ),
-            {},
-        ),
-    ]  # fmt: skip
-    for part, first, end, efficiency, extra in parts:
-        with TemporaryDirectory(prefix="stock-", dir=work.folder) as folder:
-            stock = Path(folder)
-            write_layers(model, stock, first, end)
-            write_checkpoint(
-                stock, out / part, efficiency,
-                provenance=provenance, overwrite=overwrite, passing=stock, **extra,
-            )  # fmt: skip
+    written: dict[str, Any] = {
+        "work": work.folder,
+        "provenance": provenance,
+        "overwrite": overwrite,
+    }
+    write_part(
+        model, out / "edge", 0, request.partition,
+        EfficiencyConfig(early_exit=exits.config(request.exits, thresholds), edge_cloud=edge),
+        tensors=tensors, files={"frontier.png": frontier_png(frontier, promise)}, **written,
+    )  # fmt: skip
+    cloud = CloudConfig(role="cloud", model=name, partition=request.partition)
+    write_part(
+        model, out / "cloud", request.partition, layers,
+        EfficiencyConfig(edge_cloud=cloud), **written,
+    )  # fmt: skip
     work.remove()
     return promise
 

@@ -11,12 +11,19 @@ import json
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vllm_effplugin.config.checkpoint import PROVENANCE, base_tensors, read_model_config
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.config.checkpoint import (
+    PROVENANCE,
+    base_tensors,
+    read_model_config,
+    write_checkpoint,
+)
 from vllm_effplugin.errors import ConfigError
 
 SHARD_BYTES = 4 << 30
@@ -96,6 +103,31 @@ def write_layers(model: Path, out: Path, first: int, end: int) -> None:
         )
         if source.is_file() and not skipped:
             shutil.copy2(source, out / source.name)
+
+
+def write_part(
+    model: Path,
+    out: Path,
+    first: int,
+    end: int,
+    efficiency: EfficiencyConfig,
+    *,
+    work: Path,
+    **written: Any,
+) -> None:
+    """Write layers `[first, end)` of a model as an edge's or a cloud's checkpoint.
+
+    Args:
+        model: the whole model's directory.
+        out: directory to write.
+        efficiency: what the part does.
+        work: an existing directory on the same file system, for what is not yet whole.
+        **written: further arguments of `write_checkpoint`.
+    """
+    with TemporaryDirectory(prefix="stock-", dir=work) as folder:
+        stock = Path(folder)
+        write_layers(model, stock, first, end)
+        write_checkpoint(stock, out, efficiency, passing=stock, **written)
 
 
 def _renamed(name: str, first: int, end: int) -> str | None:
