@@ -159,6 +159,7 @@ def edge(**changes):
         (CLOUD, {"speculative_config": NGRAM}, "--speculative-config.*`edge_cloud`"),
         (CLOUD, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config.*`edge_cloud`"),
         (CLOUD, {"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*`edge_cloud`"),
+        (CLOUD, {"worker_cls": "some.Worker"}, "--worker-cls.*`edge_cloud`"),
         ({**CLOUD, **EXITS}, {}, "role `cloud` and efficiency.early_exit"),
         ({**CLOUD, **PAIRS}, {}, "role `cloud` and efficiency.layer_parallel"),
         (EDGE, {"tensor_parallel_size": 2}, "--tensor-parallel-size > 1.*an edge"),

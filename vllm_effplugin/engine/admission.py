@@ -15,6 +15,7 @@ from vllm_effplugin.engine.metrics import COLLECTOR, Reporter
 from vllm_effplugin.engine.sequence_totals import sequence_reporter
 from vllm_effplugin.engine.settings import (
     CLOUD_PARAMS,
+    CLOUD_WORKERS,
     EDGE_PARAMS,
     EXIT_PARAMS,
     EXIT_PARAMS_V2,
@@ -92,6 +93,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             refusals.with_streamed_states(vllm_config)
             vllm_config.model_config.enable_prompt_embeds = True
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+            vllm_config.parallel_config.worker_cls = CLOUD_WORKERS[current_platform.device_type]
             _check_parameters(vllm_config, CLOUD_PARAMS)
             _watch(vllm_config, CloudReporter(), "cloud")
         if plan.has_sequences:

@@ -591,6 +591,18 @@ CONTRACT: tuple[Interface, ...] = (
         ("session", "update"),
     ),
     Interface(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        "hidden states in streaming input",
+        ("scheduled_new_reqs", "finished_req_ids"),
+    ),
+    Interface(
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        "hidden states in streaming input",
+        ("req_id", "prompt_embeds"),
+    ),
+    Interface(
         "vllm.v1.outputs",
         "ModelRunnerOutput",
         "tokens from elsewhere",

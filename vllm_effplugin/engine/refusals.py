@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm_effplugin.config import CLASSIFIERS
 from vllm_effplugin.engine.settings import (
     CLOUD_URL,
+    CLOUD_WORKERS,
     SCHEDULER,
     UNTESTED,
     VERIFY,
@@ -262,6 +263,15 @@ def with_streamed_states(vllm_config: VllmConfig) -> None:
         raise UnsupportedError(
             "--scheduler-cls is not supported with `edge_cloud`, which needs one of its own: "
             "leave it off"
+        )
+    device = current_platform.device_type
+    if device not in CLOUD_WORKERS:
+        raise UnsupportedError(f"`edge_cloud` is not supported on {device} yet")
+    worker = vllm_config.parallel_config.worker_cls
+    if worker not in ("auto", CLOUD_WORKERS[device]):
+        raise UnsupportedError(
+            f"--worker-cls {worker} is not supported with `edge_cloud`, which needs one of its "
+            "own: leave it at `auto`"
         )
 
 

@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 
 from vllm_effplugin.engine.counters import publish_for
 from vllm_effplugin.engine.settings import ANSWERS, STATES, efficiency_of
+from vllm_effplugin.engine.streamed_rows import GrowingRows, SentRows
 from vllm_effplugin.techniques.early_exit.request import cache_policy
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
 from vllm_effplugin.techniques.edge_cloud.gather import CloudGather, EdgeGather
@@ -102,6 +103,7 @@ class _StreamedStates(_WaitingSteps):
 
     vLLM's streaming input carries tokens only. So the states come as an extra argument, and are put
     here where a prompt's embeddings are (patches/README.md, "embeddings in streaming input").
+    Workers get the new ones only.
     """
 
     def __init__(self, vllm_config: VllmConfig, **kwargs: Any) -> None:
@@ -111,6 +113,8 @@ class _StreamedStates(_WaitingSteps):
         assert isinstance(cloud, CloudConfig)
         self._gather = CloudGather(cloud.gather_ms / 1e3)
         self._arrived: dict[str, deque[torch.Tensor]] = {}
+        self._states: dict[str, GrowingRows] = {}
+        self._sent = SentRows()
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
@@ -123,6 +127,7 @@ class _StreamedStates(_WaitingSteps):
                 self._arrived[request.request_id].append(states)
             else:
                 self._arrived[request.request_id] = deque()
+                self._states[request.request_id] = GrowingRows(states)
                 request.prompt_embeds, request.prompt_token_ids = states, None
                 request.block_hashes.clear()
                 request.update_block_hashes()
@@ -131,10 +136,14 @@ class _StreamedStates(_WaitingSteps):
     def _holds(self) -> bool:
         return self._gather.holds(time.monotonic())
 
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        found = super().schedule(*args, **kwargs)
+        self._sent.cut(found)
+        return found
+
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         states = self._arrived[session.request_id].popleft()
-        assert session.prompt_embeds is not None
-        session.prompt_embeds = torch.cat([session.prompt_embeds, states])
+        session.prompt_embeds = self._states[session.request_id].add(states)
         # A prompt of embeddings has no ids; the ones that vLLM counts positions by are put up for
         # it.
         session.prompt_token_ids = [0] * session.num_prompt_tokens
@@ -143,6 +152,8 @@ class _StreamedStates(_WaitingSteps):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._arrived.pop(request.request_id, None)
+        self._states.pop(request.request_id, None)
+        self._sent.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -18,6 +18,10 @@ WORKERS = {
     "cpu": "vllm_effplugin.engine.cpu_worker.EffpluginCPUWorker",
     "cuda": "vllm_effplugin.engine.worker.EffpluginWorker",
 }
+CLOUD_WORKERS = {
+    "cpu": "vllm_effplugin.engine.cpu_worker.CloudCPUWorker",
+    "cuda": "vllm_effplugin.engine.worker.CloudWorker",
+}
 CLOUD_PARAMS = "vllm_effplugin.engine.params:CloudParamsV1"
 EDGE_PARAMS = {
     mode: f"vllm_effplugin.engine.params:{mode.capitalize()}EdgeParamsV1"

@@ -1,7 +1,7 @@
-"""The worker of a model with exits; named in `worker_cls`, which is vLLM's setting for that.
+"""Workers of a model with exits, and of the cloud; named in `worker_cls`, vLLM's setting for that.
 
-It measures costs at the end of start-up, answers `LLM.collective_rpc`, and shows runner V1's rows.
-What it adds for CPUs is in `cpu_worker.py`.
+That of a model with exits measures costs at the end of start-up, answers `LLM.collective_rpc`, and
+shows runner V1's rows. What they add for CPUs is in `cpu_worker.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_effplugin.engine.settings import ANSWERS, EXIT_PARAMS, VERIFYING_EXIT_PARAMS
+from vllm_effplugin.engine.streamed_rows import ReceivedRows
 from vllm_effplugin.engine.v1_rows import V1Rows
 from vllm_effplugin.errors import UnsupportedError
 from vllm_effplugin.techniques.joint_exit.config import JointExitConfig
@@ -31,6 +32,18 @@ PAUSE_S = 0.001
 
 DUMMY_CONTEXT = 128
 """Positions of a request, where there is room for them, while costs are measured."""
+
+
+class CloudWorker(Worker):
+    """vLLM's GPU worker, for sessions whose input is hidden states."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rows = ReceivedRows()
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        self._rows.complete(scheduler_output)
+        return super().execute_model(scheduler_output)
 
 
 class EffpluginWorker(Worker):
