@@ -138,14 +138,17 @@ async def everything(service: CloudService, whole: Whole) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "options"),
+    ("family", "talk", "options"),
     [
-        ("Llama", {}),
-        ("Qwen3", {"max_num_batched_tokens": 32, "async_scheduling": True}),  # prompts in chunks
+        ("Llama", everything, {}),
+        # Prompts in chunks.
+        ("Qwen3", everything, {"max_num_batched_tokens": 32, "async_scheduling": True}),
+        ("Llama", many, {"tensor_parallel_size": 2}),
     ],
 )
-def test_tokens_are_the_whole_models(tmp_path, family, options):
-    isolated(run, tmp_path, family, everything, options)
+def test_tokens_are_the_whole_models(tmp_path, monkeypatch, family, talk, options):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    isolated(run, tmp_path, family, talk, options)
 
 
 async def drawn(service: CloudService, whole: Whole) -> None:
