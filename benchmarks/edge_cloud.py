@@ -491,12 +491,12 @@ def variant(edge: Path, name: str, **changes: Any) -> Path:
     return out
 
 
-def prepared(model: Path) -> Path:
+def prepared(model: Path, exits: str) -> Path:
     """Edge and cloud; made unless they are there."""
-    out = CACHE / "benchmarks" / f"{model.name}-edge-cloud"
+    out = CACHE / "benchmarks" / f"{model.name}-edge-cloud-{exits.replace(',', '-')}"
     if not (out / "cloud" / "config.json").exists():
         command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "edge-cloud"]
-        split = ("--partition", "15", "--exits", "10,15", "--deadline", "5")
+        split = ("--partition", exits.split(",")[-1], "--exits", exits, "--deadline", "5")
         subprocess.run([*command, str(model), str(out), *split], check=True)
     return out
 
@@ -656,6 +656,7 @@ def main() -> int:
         "--model", type=Path, default=CACHE / "smollm2", help="SmolLM2 checkpoint directory"
     )
     parser.add_argument("--random", action="store_true", help="a larger model: see above")
+    parser.add_argument("--exits", default="10,15", help="of SmolLM2; the last is the partition")
     parser.add_argument("--new-tokens", type=int, default=32, help="of each answer")
     parser.add_argument(
         "--transport", choices=("fp32", "fp16", "int8"), default="fp16", help="of the edge"
@@ -673,9 +674,9 @@ def main() -> int:
         model = CACHE / "benchmarks" / "random-llama-480m"
         parts = build_random_parts(model)
     else:
-        parts = prepared(model)
+        parts = prepared(model, arguments.exits)
     meta = describe_run(arguments)
-    meta["transport"] = arguments.transport
+    meta["transport"], meta["model"] = arguments.transport, parts.name
     meta["link"] = {"round_trip_s": ROUND_TRIP_S, "bits_per_s": BITS_PER_S}
     meta["requests"], meta["new_tokens"] = REQUESTS, arguments.new_tokens
     results = Results()
