@@ -183,7 +183,11 @@ class Server:
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
-            self.process.wait(timeout=60)
+            try:
+                self.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:  # one that is still starting hears no SIGTERM
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
             self.process = None
 
     def seconds(self) -> tuple[float, float]:
@@ -484,7 +488,7 @@ def variant(edge: Path, name: str, **changes: Any) -> Path:
         with staged_directory(out, overwrite=False) as staging:
             for file in edge.iterdir():
                 if file.name != "config.json":
-                    (staging / file.name).symlink_to(file.resolve())
+                    (staging / file.name).symlink_to(Path("..", edge.name, file.name))
             config = json.loads((edge / "config.json").read_text(encoding="utf-8"))
             config["efficiency"]["edge_cloud"] |= changes
             (staging / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
