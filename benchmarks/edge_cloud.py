@@ -623,26 +623,34 @@ def order(cases: list[str], turn: int) -> list[str]:
     return cases if turn % 2 == 0 else cases[::-1]
 
 
-def draw(path: Path, results: Results) -> None:
-    """Left: the cloud's share of the work over agreement. Right: what takes how long."""
+def draw(path: Path, medians: Mapping[tuple[str, str], float]) -> None:
+    """Left: the cloud's work over agreement, or over what it is asked. Right: what takes how long.
+
+    Args:
+        medians: values by case and metric.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    medians = {(row.case, row.metric.name): row.as_json()["candidate"] for row in results.rows()}
+    over = "agreement" if any(name == "agreement" for _, name in medians) else "asked"
     for clients in CLIENTS:
         stock = medians.get((f"edge_cloud/cloud/c{clients}", "cloud_s"))
-        swept = [case for case, name in medians if name == "agreement"]
+        swept = [case for case, name in medians if name == over]
         points = sorted(
-            (medians[case, "agreement"], medians[case, "cloud_s"] / stock)
+            (medians[case, over], medians[case, "cloud_s"] / stock)
             for case in swept
             if stock and "/collaborative" in case and case.endswith(f"/c{clients}")
         )
         if points:
             left.plot(*zip(*points, strict=True), "o-", label=f"{clients} clients")
-    left.set(xlabel="agreement with the whole model", ylabel="the cloud's engine time / stock")
+    labels = {
+        "agreement": "agreement with the whole model",
+        "asked": "share of the tokens that the cloud gives",
+    }
+    left.set(xlabel=labels[over], ylabel="the cloud's engine time / stock")
     left.grid(alpha=0.3)
     left.legend()
     cases = [case for case, name in medians if name == "total_s"]
@@ -699,7 +707,10 @@ def main() -> int:
             if arguments.json is not None:
                 write_json(arguments.json, meta, rows)
             if arguments.plot is not None and rows:
-                draw(arguments.plot, results)
+                medians = {
+                    (row.case, row.metric.name): row.as_json()["candidate"] for row in rows
+                }
+                draw(arguments.plot, medians)
     return 0
 
 
