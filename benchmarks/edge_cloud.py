@@ -707,9 +707,7 @@ def main() -> int:
             if arguments.json is not None:
                 write_json(arguments.json, meta, rows)
             if arguments.plot is not None and rows:
-                medians = {
-                    (row.case, row.metric.name): row.as_json()["candidate"] for row in rows
-                }
+                medians = {(row.case, row.metric.name): row.as_json()["candidate"] for row in rows}
                 draw(arguments.plot, medians)
     return 0
 
