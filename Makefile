@@ -81,7 +81,7 @@ cloud: free-port install $(SPLIT)/cloud/config.json  ## its upper half, for `mak
 
 edge: export VLLM_CPU_OMP_THREADS_BIND ?= $(call cores,:half or 1)
 edge: export EFFPLUGIN_CLOUD_URL ?= http://localhost:$(CLOUD_PORT)
-edge: free-port install $(SPLIT)/cloud/config.json  ## its lower half, which asks that cloud
+edge: free-port $(SPLIT)/edge/config.json install  ## its lower half, which asks that cloud
 	@$(call WELCOME,$(SPLIT)/edge) \
 	exec $(VENV)/bin/vllm serve $(SPLIT)/edge --port $(PORT) $(SERVE_ARGS)
 
@@ -115,6 +115,12 @@ $(PREPARED)/config.json: $(BASE)/config.json $(CACHE)/prepare-args | install
 
 $(SPLIT)/cloud/config.json: $(BASE)/config.json | install
 	$(VENV)/bin/effplugin prepare edge-cloud $(BASE) $(SPLIT) --overwrite $(SPLIT_ARGS)
+
+# The other half of what `make cloud` writes, last of all its `cloud`: in another terminal, and perhaps
+# just now.
+$(SPLIT)/edge/config.json:
+	@echo 'waiting for `make cloud`, in another terminal, to split the demo model'
+	@until test -e $(SPLIT)/cloud/config.json; do sleep 1; done
 
 # Touched only when PREPARE_ARGS changes.
 $(CACHE)/prepare-args: FORCE
