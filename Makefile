@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve cloud edge test lint clean free-port install install-test FORCE
+.PHONY: help serve cloud edge split test lint clean free-port install install-test FORCE
 
 VENV := .venv
 CACHE := .cache
@@ -81,7 +81,7 @@ cloud: free-port install $(SPLIT)/cloud/config.json  ## its upper half, for `mak
 
 edge: export VLLM_CPU_OMP_THREADS_BIND ?= $(call cores,:half or 1)
 edge: export EFFPLUGIN_CLOUD_URL ?= http://localhost:$(CLOUD_PORT)
-edge: free-port $(SPLIT)/edge/config.json install  ## its lower half, which asks that cloud
+edge: free-port $(if $(EFFPLUGIN_CLOUD_URL),install $(SPLIT)/cloud/config.json,split install)  ## its lower half, which asks that cloud
 	@$(call WELCOME,$(SPLIT)/edge) \
 	exec $(VENV)/bin/vllm serve $(SPLIT)/edge --port $(PORT) $(SERVE_ARGS)
 
@@ -116,11 +116,11 @@ $(PREPARED)/config.json: $(BASE)/config.json $(CACHE)/prepare-args | install
 $(SPLIT)/cloud/config.json: $(BASE)/config.json | install
 	$(VENV)/bin/effplugin prepare edge-cloud $(BASE) $(SPLIT) --overwrite $(SPLIT_ARGS)
 
-# The other half of what `make cloud` writes, last of all its `cloud`: in another terminal, and perhaps
-# just now.
-$(SPLIT)/edge/config.json:
-	@echo 'waiting for `make cloud`, in another terminal, to split the demo model'
-	@until test -e $(SPLIT)/cloud/config.json; do sleep 1; done
+# Both halves are what `make cloud` writes in another terminal, perhaps just now.
+split:
+	@halves() { test -e $(SPLIT)/edge/config.json && test -e $(SPLIT)/cloud/config.json; }; \
+	halves || echo 'waiting for `make cloud`, in another terminal, to split the demo model'; \
+	until halves; do sleep 1; done
 
 # Touched only when PREPARE_ARGS changes.
 $(CACHE)/prepare-args: FORCE

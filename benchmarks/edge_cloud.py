@@ -501,12 +501,17 @@ def prepared(model: Path, exits: str) -> Path:
     if not (out / "cloud" / "config.json").exists():
         command = [sys.executable, "-m", "vllm_effplugin.cli.main", "prepare", "edge-cloud"]
         split = ("--partition", exits.split(",")[-1], "--exits", exits, "--deadline", "5")
-        subprocess.run([*command, str(model), str(out), *split], check=True)
+        # `--overwrite` what an interrupted run left.
+        subprocess.run([*command, str(model), str(out), *split, "--overwrite"], check=True)
     return out
 
 
-def build_random_parts(model: Path) -> Path:
-    """Edge and cloud of a Llama with seeded random weights; made unless they are there."""
+def build_random_parts(model: Path, tokenizer: Path) -> Path:
+    """Edge and cloud of a Llama with seeded random weights; made unless they are there.
+
+    Args:
+        tokenizer: a checkpoint that has it.
+    """
     out = CACHE / "benchmarks" / f"{model.name}-edge-cloud"
     if not model.exists():
         import torch
@@ -516,7 +521,7 @@ def build_random_parts(model: Path) -> Path:
         with staged_directory(model, overwrite=False) as staging:
             weights = LlamaForCausalLM._from_config(LlamaConfig(**RANDOM), dtype=torch.bfloat16)
             weights.save_pretrained(staging)
-            load_tokenizer(CACHE / "smollm2").save_pretrained(staging)
+            load_tokenizer(tokenizer).save_pretrained(staging)
     if not (out / "cloud" / "config.json").exists():
         depth, layers = RANDOM_EXITS[-1], RANDOM["num_hidden_layers"]
         gates = [{"depth": exit, "gate": "rate", "threshold": 0.7} for exit in RANDOM_EXITS]
@@ -528,7 +533,10 @@ def build_random_parts(model: Path) -> Path:
             ("edge", 0, depth, EfficiencyConfig(early_exit=exits, edge_cloud=edge)),
             ("cloud", depth, layers, EfficiencyConfig(edge_cloud=cloud)),
         ):
-            write_part(model, out / part, first, end, efficiency, work=out.parent, provenance={})
+            write_part(
+                model, out / part, first, end, efficiency,
+                work=out.parent, provenance={}, overwrite=True,
+            )  # fmt: skip
     return out
 
 
@@ -684,7 +692,7 @@ def main() -> int:
     model = arguments.model
     if arguments.random:
         model = CACHE / "benchmarks" / "random-llama-480m"
-        parts = build_random_parts(model)
+        parts = build_random_parts(model, arguments.model)
     else:
         parts = prepared(model, arguments.exits)
     meta = describe_run(arguments)

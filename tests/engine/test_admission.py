@@ -454,3 +454,13 @@ def test_ray_on_cpu_is_refused_in_a_clear_sentence(tiny):
             tensor_parallel_size=2,
             distributed_executor_backend="ray",
         )
+
+
+def test_the_older_ray_executor_is_refused(tiny, monkeypatch):
+    vllm_config = build(tiny(), efficiency=PAIRS)
+    monkeypatch.setattr(current_platform, "ray_device_key", "GPU")
+    vllm_config.parallel_config.distributed_executor_backend = "ray"
+    EfficiencyAdmission.verify_and_update_config(vllm_config)
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(UnsupportedError, match=r"V2_EXECUTOR_BACKEND=0.*leave it at 1"):
+        EfficiencyAdmission.verify_and_update_config(vllm_config)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.pooler.activations import PoolerClassify, get_act_fn
 from vllm.platforms import current_platform
@@ -57,6 +58,14 @@ def anywhere(vllm_config: VllmConfig, plan: Plan) -> None:
         raise UnsupportedError(
             "--distributed-executor-backend ray is not supported by vLLM on its "
             f"{current_platform.device_type} platform: use `mp`"
+        )
+    if parallel.distributed_executor_backend == "ray" and not (
+        envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND
+    ):
+        raise UnsupportedError(
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is not supported with an efficient checkpoint: "
+            "vLLM's older Ray executor goes past the worker that some techniques bring; leave it "
+            "at 1"
         )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram" and not verifies(vllm_config):
