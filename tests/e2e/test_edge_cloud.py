@@ -15,10 +15,9 @@ from tests.engine.test_edge_cloud import PARTITION
 from tests.tiny import LAYERS, add_tokenizer, make_checkpoint
 from tests.unit.test_edge_link import until
 from vllm_effplugin.config import EfficiencyConfig
-from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.settings import CLOUD_KEY, CLOUD_URL
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
-from vllm_effplugin.techniques.edge_cloud.split import write_layers
+from vllm_effplugin.techniques.edge_cloud.split import write_layers, write_part
 
 FP32 = ("--dtype", "float32")
 WORDS = "Water boils at a hundred degrees, and freezes at "
@@ -38,12 +37,11 @@ def origins(answer: httpx.Response) -> dict[str, int]:
 def test_two_servers_give_the_whole_models_text(tmp_path, monkeypatch):
     whole = make_checkpoint(tmp_path / "whole")
     add_tokenizer(whole)
-    for name, first, end in (("lower", 0, PARTITION), ("upper", PARTITION, LAYERS)):
-        (tmp_path / name).mkdir()
-        write_layers(whole, tmp_path / name, first, end)
+    (tmp_path / "lower").mkdir()
+    write_layers(whole, tmp_path / "lower", 0, PARTITION)
     config = CloudConfig(role="cloud", model="tiny", partition=PARTITION)
-    cloud = tmp_path / "cloud"
-    write_checkpoint(tmp_path / "upper", cloud, EfficiencyConfig(edge_cloud=config), provenance={})
+    cloud, efficiency = tmp_path / "cloud", EfficiencyConfig(edge_cloud=config)
+    write_part(whole, cloud, PARTITION, LAYERS, efficiency, work=tmp_path, provenance={})
     for name in ("of-cloud", "of-edge", "again"):
         (tmp_path / name).mkdir()
     port, key = free_port(), {"Authorization": "Bearer secret"}

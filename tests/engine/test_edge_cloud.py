@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import LAYERS, VOCAB, isolated, make_checkpoint
 from vllm_effplugin.config import EfficiencyConfig
-from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
 from vllm_effplugin.techniques.edge_cloud.service import CloudService
-from vllm_effplugin.techniques.edge_cloud.split import model_name, write_layers
+from vllm_effplugin.techniques.edge_cloud.split import model_name, write_part
 from vllm_effplugin.techniques.edge_cloud.wire import (
     Encoding,
     Frame,
@@ -49,12 +48,10 @@ class Whole:
 
 def split(folder: Path, family: str) -> tuple[Path, Path]:
     """A model, and its cloud."""
-    whole, upper = make_checkpoint(folder / "whole", family), folder / "upper"
-    upper.mkdir()
-    write_layers(whole, upper, PARTITION, LAYERS)
+    whole = make_checkpoint(folder / "whole", family)
     config = CloudConfig(role="cloud", model=model_name(whole), partition=PARTITION)
     efficiency = EfficiencyConfig(edge_cloud=config)
-    write_checkpoint(upper, folder / "cloud", efficiency, provenance={}, copy=True)
+    write_part(whole, folder / "cloud", PARTITION, LAYERS, efficiency, work=folder, provenance={})
     return whole, folder / "cloud"
 
 
