@@ -116,6 +116,7 @@ class Server:
 
     Attributes:
         name: of its log.
+        served: what clients call the model.
         environment: besides what all of them have.
         ready: path that answers when it is.
     """
@@ -125,6 +126,7 @@ class Server:
     core: int
     environment: Mapping[str, str] = field(default_factory=dict)
     ready: str = "/health"
+    served: str = "model"
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -137,7 +139,7 @@ class Server:
         """Begin to start; `wait` waits."""
         command = [
             str(Path(sys.executable).with_name("vllm")), "serve", str(self.model),
-            "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port),
+            "--served-model-name", self.served, "--host", "127.0.0.1", "--port", str(self.port),
             "--dtype", DTYPE, "--max-model-len", "1024", "--max-num-seqs", "32",
             "--no-enable-prefix-caching",  # every mode sends the same prompts
             "--disable-uvicorn-access-log",

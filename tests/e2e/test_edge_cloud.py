@@ -9,6 +9,7 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.dashboard import check
 from tests.e2e.server import free_port, serving, shown
 from tests.engine.test_edge import edge, rates
 from tests.engine.test_edge_cloud import PARTITION
@@ -88,6 +89,8 @@ def check_answers(lower: httpx.Client, upper: httpx.Client, whole: Path) -> None
 
     # Both servers count what the responses say, and the same of each other.
     below, above = shown(lower), shown(upper)
+    check(below, "exit", "edge")
+    check(above, "cloud")
     by_origin = sum((Counter(origins(each)) for each in (answer, mixed, alone)), Counter())
     for origin, count in by_origin.items():
         told = [sample(each, "edge_tokens_total", origin=origin) for each in (before, below)]
@@ -102,7 +105,7 @@ def check_answers(lower: httpx.Client, upper: httpx.Client, whole: Path) -> None
     computed = sample(below, "edge_computed_seconds_total")
     assert waited > computed > 0
     assert computed <= sample(above, "cloud_engine_seconds_total") + 1e-3
-    assert sample(below, "edge_waiting") == 0
+    assert sample(below, "edge_waiting_questions") == 0
 
 
 def sample(found: dict[str, float], name: str, **labels: str) -> float:

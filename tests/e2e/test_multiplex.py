@@ -11,6 +11,7 @@ import httpx
 import pytest
 from rich.console import Console
 
+from tests.dashboard import check
 from tests.e2e.server import serving, shown
 from tests.e2e.test_classifier import LAYERS, data, measure_eagerly
 from tests.engine.test_joint_exit import JOINT, tensors
@@ -62,17 +63,19 @@ def test_over_http(tmp_path: Path) -> None:
             assert row["probs"] == pytest.approx(before["probs"], abs=1e-5)
         samples = shown(client)
     labels = 'engine="0",model_name="demo"'
+    check(samples, "classify", "multiplex")
     sequences = {
         size: samples[f'effplugin_multiplex_sequences_total{{{labels},size="{size}"}}']
         for size in (1, 2)
     }
     assert min(sequences.values()) > 0
-    padding = samples[f"effplugin_multiplex_padding_share{{{labels}}}"]
-    assert 0 < padding < 1
-    for name in ("passed_over", "held", "held_seconds"):
+    room, used = (
+        samples[f"effplugin_multiplex_{name}_tokens_total{{{labels}}}"]
+        for name in ("slot", "member")
+    )
+    assert 0 < used < room
+    for name in ("passed_over_requests", "held_requests", "held_seconds"):
         assert samples[f"effplugin_multiplex_{name}_total{{{labels}}}"] >= 0
-    share = samples[f"effplugin_multiplex_unmerged_share{{{labels}}}"]
-    assert share == pytest.approx(sequences[1] / sum(sequences.values()))
 
 
 def made(base: Path, out: Path, train: str, work: Path, **changes: Any) -> Outcome:

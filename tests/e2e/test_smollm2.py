@@ -12,8 +12,10 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.e2e.server import serving
+from tests.dashboard import check
+from tests.e2e.server import serving, shown
 from tests.tiny import counters, engine, isolated, overrides
+from vllm_effplugin import __version__
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.settings import VERIFY
@@ -176,7 +178,11 @@ def test_vllm_serve_needs_no_flag(smollm2, tmp_path):
         assert client.post("/v1/chat/completions", json={**body, "n": -1}).status_code == 400
         again = client.post("/v1/chat/completions", json=body)
         assert again.json()["choices"] == answer.json()["choices"]
-        assert "effplugin" not in client.get("/metrics").text
+        found = shown(client)
+        labels = f'{{model_name="demo",techniques="layer_parallel",version="{__version__}"}}'
+        assert found[f"effplugin_info{labels}"] == 1
+        assert found['effplugin_layers{model_name="demo"}'] == 30
+        assert found['effplugin_sequential_layers{model_name="demo"}'] == 28
     assert "0-19 [20 21] 22-25 [26 27] 28-29" in log.read_text(), "the plan is not in the log"
 
 
@@ -207,18 +213,18 @@ def test_callers_choose_how_to_exit(smollm2, tmp_path):
             assert refused.status_code == 400
             assert next(iter(wishes)) in refused.text
         assert text() == early
-        shown = dict(
-            line.rsplit(" ", 1)
-            for line in client.get("/metrics").text.splitlines()
-            if not line.startswith("#")
-        )
+        totals = shown(client)
     labels = 'engine="0",model_name="demo"'
-    totals = {name: float(value) for name, value in shown.items() if labels in name}
+    check(totals, "exit")
     fired = totals[f'effplugin_exit_tokens_total{{depth="24",{labels}}}']
     decoded = totals[f"effplugin_exit_decode_tokens_total{{{labels}}}"]
     compared = totals[f"effplugin_exit_shadow_tokens_total{{{labels}}}"]
     assert 0 < compared < fired <= decoded == 2 * 39
-    assert totals[f"effplugin_exit_mean_depth{{{labels}}}"] > 30, "drafting is work, too"
+    ran, full = (
+        totals[f"effplugin_exit_{name}_total{{{labels}}}"]
+        for name in ("layer_tokens", "full_layer_tokens")
+    )
+    assert ran > full, "drafting is work, too"
     assert totals[f"vllm:spec_decode_num_accepted_tokens_total{{{labels}}}"] > 0
 
 

@@ -60,6 +60,12 @@ class EfficiencyConfig(BaseModel):
     )
 
     @property
+    def techniques(self) -> tuple[str, ...]:
+        """Names of the sections that are there."""
+        names = ("layer_parallel", "early_exit", "joint_exit", "multiplex", "edge_cloud")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
     def has_tensors(self) -> bool:
         """Whether there has to be a file of extra tensors."""
         trained = self.layer_parallel is not None and self.layer_parallel.trained

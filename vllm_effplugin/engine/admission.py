@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from vllm_effplugin.config.checkpoint import check_extra_tensors
 from vllm_effplugin.engine import refusals
-from vllm_effplugin.engine.metrics import COLLECTOR, Reporter
+from vllm_effplugin.engine.metrics import Reporter, serves, watch
 from vllm_effplugin.engine.sequence_totals import sequence_reporter
 from vllm_effplugin.engine.settings import (
     CLOUD_PARAMS,
@@ -67,6 +67,8 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
         plan = plan_for(vllm_config.model_config.hf_config)
         efficiency = efficiency_of(vllm_config.model_config.hf_config)
         refusals.anywhere(vllm_config, plan)
+        if efficiency.techniques:
+            serves(vllm_config, efficiency, plan)
         if plan.groups:
             refusals.with_groups(vllm_config, plan)
         if plan.has_exits:
@@ -74,9 +76,7 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             refusals.with_exits(vllm_config, plan)
             _bring_loop(
                 vllm_config,
-                ExitReporter(
-                    [boundary.after + 1 for boundary in plan.boundaries], len(plan.unit_of)
-                ),
+                ExitReporter([boundary.after + 1 for boundary in plan.boundaries]),
             )
             params = VERIFYING_EXIT_PARAMS if verifies(vllm_config) else EXIT_PARAMS
             if isinstance(efficiency.edge_cloud, EdgeConfig):
@@ -84,8 +84,8 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
                 # What a step gives decides who takes part in the next one.
                 vllm_config.scheduler_config.async_scheduling = False
                 params = EDGE_PARAMS[efficiency.edge_cloud.mode]
-                _watch(vllm_config, EdgeReporter(), "scheduler")
-                _watch(vllm_config, LinkReporter(), "link")
+                watch(vllm_config, EdgeReporter(), "scheduler")
+                watch(vllm_config, LinkReporter(), "link")
             _check_parameters(
                 vllm_config, EXIT_PARAMS_V2 if vllm_config.use_v2_model_runner else params
             )
@@ -95,12 +95,12 @@ class EfficiencyAdmission(VerifyAndUpdateConfig):
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
             vllm_config.parallel_config.worker_cls = CLOUD_WORKERS[current_platform.device_type]
             _check_parameters(vllm_config, CLOUD_PARAMS)
-            _watch(vllm_config, CloudReporter(), "cloud")
+            watch(vllm_config, CloudReporter(), "cloud")
         if plan.has_sequences:
             refusals.with_sequences(vllm_config)
             _bring_loop(vllm_config, sequence_reporter(efficiency, len(plan.unit_of)))
             if efficiency.multiplex is not None:
-                _watch(vllm_config, QueueReporter(), "scheduler")
+                watch(vllm_config, QueueReporter(), "scheduler")
             if vllm_config.model_config.io_processor_plugin is None:
                 vllm_config.model_config.io_processor_plugin = IO_PROCESSOR
         if not plan.is_trivial:
@@ -122,18 +122,7 @@ def _bring_loop(vllm_config: VllmConfig, reporter: Reporter) -> None:
     """What a model needs whose rows change on the way."""
     vllm_config.parallel_config.worker_cls = WORKERS[current_platform.device_type]
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    _watch(vllm_config, reporter, "worker")
-
-
-def _watch(vllm_config: VllmConfig, reporter: Reporter, part: str) -> None:
-    """Show at `/metrics` what a part of the engine counts."""
-    COLLECTOR.watch(
-        vllm_config.instance_id,
-        str(vllm_config.model_config.served_model_name),
-        reporter,
-        vllm_config.parallel_config.data_parallel_size,
-        part,
-    )
+    watch(vllm_config, reporter, "worker")
 
 
 def _check_parameters(vllm_config: VllmConfig, params: str) -> None:

@@ -78,6 +78,12 @@ class Counters:
         }
 
 
+def shared_by_api_servers() -> Path | None:
+    """The folder through which several API servers show the same; None where there is one."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(folder) if folder else None
+
+
 def counters_path(instance: str, replica: int, part: str = "worker") -> Path:
     """Where a part of an engine keeps its totals.
 
@@ -86,6 +92,9 @@ def counters_path(instance: str, replica: int, part: str = "worker") -> Path:
         replica: the engine's data-parallel index, 0 where there is one engine.
         part: `worker`, `scheduler`, or `link` and `cloud` of a split model.
     """
+    folder = shared_by_api_servers()
+    if folder is not None:  # of one server, each of whose processes has another `instance`
+        return folder / f"effplugin-{replica}-{part}.counters"
     name = f"vllm-effplugin-{os.getuid()}-{instance}-{replica}-{part}.counters"
     return Path(tempfile.gettempdir()) / name
 

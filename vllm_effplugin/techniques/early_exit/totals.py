@@ -21,7 +21,7 @@ FIELDS = {
 
 _COUNTERS = {
     "decoded": ("decode_tokens", "Decoded tokens that might have left early."),
-    "left": ("compacted_rows", "Tokens that left the batch, so that deeper layers ran without."),
+    "left": ("compacted_tokens", "Tokens that left the batch: deeper layers ran without them."),
     "recomputed": ("recomputed_tokens", "Waiting tokens that deeper layers ran later."),
     "layer_tokens": ("layer_tokens", "Layers run times tokens, prompts included."),
     "full_layer_tokens": ("full_layer_tokens", "What layer_tokens would be without exits."),
@@ -40,12 +40,11 @@ class ExitReporter(Reporter):
 
     Args:
         depths: layers before each exit.
-        num_layers: of the model.
     """
 
-    def __init__(self, depths: Sequence[int], num_layers: int) -> None:
+    def __init__(self, depths: Sequence[int]) -> None:
         self.layout = exit_totals(len(depths))
-        self._depths, self._num_layers = tuple(depths), num_layers
+        self._depths = tuple(depths)
 
     def show(self, totals: Counters, labels: list[str], families: Families) -> None:
         exits = families.counter("effplugin_exit_tokens", "Tokens whose gate fired.", "depth")
@@ -54,12 +53,6 @@ class ExitReporter(Reporter):
         for name, (public, help) in _COUNTERS.items():
             family = families.counter(f"effplugin_exit_{public}", help)
             family.add_metric(labels, totals[name])
-        full = totals["full_layer_tokens"]
-        share = totals["layer_tokens"] / full if full else 1.0
-        families.gauge(
-            "effplugin_exit_mean_depth",
-            "Layers per token since the start, those of exits and drafts included.",
-        ).add_metric(labels, self._num_layers * share)
         families.gauge(
             "effplugin_exit_pending_tokens", "Tokens that wait for the layers that they skipped."
         ).add_metric(labels, totals["pending"])

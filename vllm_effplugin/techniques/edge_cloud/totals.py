@@ -111,11 +111,11 @@ class LinkReporter(Reporter):
         _by_name(
             positions, labels, ("uploaded", "repeated"), [totals["uploaded"], totals["repeated"]]
         )
-        for name, help in {
-            "up": "Whether the cloud is there.",
-            "waiting": "Questions that wait now.",
-        }.items():
-            families.gauge(f"effplugin_edge_{name}", help).add_metric(labels, totals[name])
+        for name, of, help in (
+            ("up", "up", "Whether the cloud is there."),
+            ("waiting_questions", "waiting", "Questions without an answer; their requests wait."),
+        ):
+            families.gauge(f"effplugin_edge_{name}", help).add_metric(labels, totals[of])
 
 
 class CloudReporter(Reporter):

@@ -56,8 +56,3 @@ class SequenceReporter(Reporter):
         families.counter(
             "effplugin_classify_full_layer_tokens", "What layer_tokens would be without exits."
         ).add_metric(labels, totals["full_layer_tokens"])
-        total = sum(answered)
-        layers = sum(depth * count for depth, count in zip(self._depths, answered, strict=True))
-        families.gauge(
-            "effplugin_classify_mean_depth", "Layers per sequence since the start."
-        ).add_metric(labels, layers / total if total else self._depths[-1])

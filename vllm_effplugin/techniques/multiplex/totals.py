@@ -45,21 +45,6 @@ class MultiplexReporter(Reporter):
             ("effplugin_multiplex_member_tokens", "What of that was used.", members),
         ):
             families.counter(name, help).add_metric(labels, value)
-        for name, help, share in (
-            (
-                "padding_share",
-                "Share of the composites' room that was empty.",
-                1 - _share(members, slots),
-            ),
-            (
-                "unmerged_share",
-                "Share of the sequences that ran alone.",
-                _share(totals["alone"], totals["alone"] + sum(merged), otherwise=0.0),
-            ),
-        ):
-            families.gauge(f"effplugin_multiplex_{name}", f"{help} Since the start.").add_metric(
-                labels, share
-            )
 
 
 QUEUE_TOTALS = Layout(("passed_over", "held", "held_us"), {})
@@ -75,12 +60,12 @@ class QueueReporter(Reporter):
     def show(self, totals: Counters, labels: list[str], families: Families) -> None:
         for name, help, value in (
             (
-                "passed_over",
+                "passed_over_requests",
                 "Requests that started a step later, so that those in a step merge better.",
                 totals["passed_over"],
             ),
             (
-                "held",
+                "held_requests",
                 "Requests held back until a partner came, or for long enough.",
                 totals["held"],
             ),
@@ -91,7 +76,3 @@ class QueueReporter(Reporter):
             ),
         ):
             families.counter(f"effplugin_multiplex_{name}", help).add_metric(labels, value)
-
-
-def _share(part: int, whole: int, otherwise: float = 1.0) -> float:
-    return part / whole if whole else otherwise
