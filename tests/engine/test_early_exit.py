@@ -15,7 +15,6 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
-from vllm.forward_context import get_forward_context
 
 from tests.engine.test_layer_parallel_logits import (
     MIXED_BATCHES,
@@ -27,6 +26,7 @@ from tests.engine.test_layer_parallel_logits import (
 from tests.tiny import VOCAB, counters, engine, isolated, make_checkpoint, overrides
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
+from vllm_effplugin.engine.batch import OtherBatch
 from vllm_effplugin.engine.graphs import Tokens
 from vllm_effplugin.engine.settings import UNTESTED, VERIFY
 from vllm_effplugin.offline import run_with_engine
@@ -92,11 +92,14 @@ def arrival(request: str) -> int:
 
 @contextmanager
 def exiting(checkpoint: Path, family: str = "Llama", **options: Any) -> Iterator[tuple[Any, Trace]]:
-    """A small engine with exits, which mixes prefill and decode, and preempts; and its trace."""
+    """A small engine with exits, which mixes prefill and decode, and preempts; and its trace.
+
+    Of the options, `block` describes the exits, and `sections` the other techniques.
+    """
     block = {"compaction": "always", "max_pending": 5, **options.pop("block")}
     with engine(
         checkpoint,
-        hf_overrides=overrides(family, {"early_exit": block}),
+        hf_overrides=overrides(family, {"early_exit": block, **options.pop("sections", {})}),
         **{**MIXED_BATCHES, **options},
     ) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -104,10 +107,16 @@ def exiting(checkpoint: Path, family: str = "Llama", **options: Any) -> Iterator
 
 
 class Replay:
-    """The reference, following what an engine did."""
+    """The reference, following what an engine did.
 
-    def __init__(self, checkpoint: Path, block: dict[str, Any]) -> None:
-        config = parse_efficiency({"early_exit": block}).early_exit
+    Args:
+        block: describes the exits.
+        sections: describe other techniques: groups of layers.
+    """
+
+    def __init__(self, checkpoint: Path, block: dict[str, Any], **sections: Any) -> None:
+        self.efficiency = parse_efficiency({"early_exit": block, **sections})
+        config = self.efficiency.early_exit
         assert config is not None
         self.config = config
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -127,7 +136,10 @@ class Replay:
 
     def sequence(self) -> ReferenceSequence:
         """A new one of the reference."""
-        return self._sequence(self.model, self.config, self.exits)
+        if self.efficiency.layer_parallel is None:
+            return self._sequence(self.model, self.config, self.exits)
+        parallel = self.efficiency.layer_parallel
+        return ReferenceSequence(self.model, self.config, self.exits, parallel)
 
     @torch.no_grad()
     def write(self, base: Path, folder: Path) -> Path:
@@ -140,8 +152,7 @@ class Replay:
             for index, exit in enumerate(self.exits)
             for name, value in exit.state_dict().items()
         }
-        efficiency = EfficiencyConfig(early_exit=self.config)
-        write_checkpoint(base, folder, efficiency, tensors=tensors, provenance={})
+        write_checkpoint(base, folder, self.efficiency, tensors=tensors, provenance={})
         return folder
 
     def decisions(self, prompt: list[int], tokens: list[int]) -> list[tuple[int, int, int]]:
@@ -666,8 +677,8 @@ def test_padded_segments(tiny, policy, monkeypatch):
             return last(positions, hidden, residual)
 
         def padded(run):
-            [metadata, *_] = get_forward_context().attn_metadata.values()
-            return Tokens(run._step.common.slot_mapping, run._positions, metadata, inputs)
+            common = run._step.common
+            return Tokens(common.slot_mapping, run._positions, OtherBatch(common), inputs)
 
         trace.loop.segments[-1] = observed
         monkeypatch.setattr(StepRun, "_all_tokens", padded)

@@ -87,6 +87,8 @@ class EfficiencyConfig(BaseModel):
             self.early_exit.check_depths(num_layers, at_end=self.is_edge)
             if self.split_after and self.early_exit.exits:
                 raise ConfigError("efficiency.split_after has no meaning with exits; leave it out")
+            if self.layer_parallel is not None:
+                self._check_parallel_exits(self.early_exit)
         if self.joint_exit is not None:
             self.joint_exit.check_depths(num_layers)
         if self.multiplex is not None:
@@ -101,6 +103,20 @@ class EfficiencyConfig(BaseModel):
                         f"efficiency.{section} and efficiency.{other} are not supported together: "
                         "leave one of them out"
                     )
+
+    @staticmethod
+    def _check_parallel_exits(early_exit: EarlyExitConfig) -> None:
+        """Exits of a model with groups of layers, whose cache entries are as wide as the group."""
+        if early_exit.exits and early_exit.cache != "recompute":
+            raise ConfigError(
+                f"efficiency.early_exit: cache policy {early_exit.cache!r} is not supported with "
+                "efficiency.layer_parallel, whose groups have wider cache entries: use `recompute`"
+            )
+        if early_exit.sees_all_tokens:
+            raise ConfigError(
+                "efficiency.early_exit: gates `mamba` and adapters `block` are not supported with "
+                "efficiency.layer_parallel: use `linear` or `mlp`, and `linear` or `none`"
+            )
 
     def check_kind(self, architecture: str) -> None:
         """Check what depends on the kind of the model's layers.
@@ -147,7 +163,7 @@ class EfficiencyConfig(BaseModel):
 
     def _check_split(self, num_layers: int) -> None:
         assert self.edge_cloud is not None
-        others = ["layer_parallel", "joint_exit", "multiplex"]
+        others = ["joint_exit", "multiplex"]
         if not self.is_edge:
             others.append("early_exit")
         for other in others:

@@ -1,7 +1,7 @@
 """Rows of a batch: what the runner scheduled, and running deeper layers on a part of it.
 
 The attention metadata of a step is built before the model runs. To run layers on other rows than
-the step's, their metadata is built again, by the backend's own builder, from a changed
+the step's, their metadata is built again, by the backend's own builders, from a changed
 `CommonAttentionMetadata`. vLLM's fast prefill does the same; nothing here depends on a backend.
 """
 
@@ -71,6 +71,26 @@ class Step:
     builder: AttentionMetadataBuilder
 
 
+class OtherBatch:
+    """What layers run on instead of the step's batch.
+
+    Layers that differ in their heads, as groups of layers do, have builders of their own.
+
+    Args:
+        common: what all of them build their metadata from.
+    """
+
+    def __init__(self, common: CommonAttentionMetadata) -> None:
+        self._common = common
+        self._built: dict[AttentionMetadataBuilder, Any] = {}
+
+    def metadata(self, builder: AttentionMetadataBuilder) -> Any:
+        """Attention metadata for the layers of a builder."""
+        if builder not in self._built:
+            self._built[builder] = builder.build(0, self._common, fast_build=True)
+        return self._built[builder]
+
+
 @cache
 def _remembering(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     """A subclass of `backend` whose metadata remembers what it was built from."""
@@ -105,8 +125,7 @@ def cached_name(part: Any) -> str:
 def remember_batches(part: Any) -> None:
     """Make the metadata of a layer's cached part carry its `Step`.
 
-    Before the runner asks for backends. All layers of a model need it, so that they stay in one
-    group with one builder.
+    Before the runner asks for backends. All layers of a model need it.
     """
     if isinstance(part, MambaBase):
         backend = _remembering(part.get_attn_backend())
@@ -148,8 +167,8 @@ _FOREIGN = tuple(
 
 def subset(
     step: Step, rows: np.ndarray, lengths: np.ndarray, slot_mapping: Tensor, positions: Tensor
-) -> Any:
-    """Attention metadata of some of a step's rows, each with its own number of tokens.
+) -> OtherBatch:
+    """Some of a step's rows, each with its own number of tokens.
 
     Args:
         step: the step's metadata.
@@ -184,13 +203,13 @@ def subset(
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
-    return step.builder.build(0, common.replace(**changed), fast_build=True)
+    return OtherBatch(common.replace(**changed))
 
 
 def one_token_each(
     step: Step, rows: np.ndarray, positions: np.ndarray, slot_mapping: Tensor
-) -> Any:
-    """Attention metadata for one further token of some of a step's rows, behind the step.
+) -> OtherBatch:
+    """One further token of some of a step's rows, behind the step.
 
     Args:
         step: the step that has run.
@@ -216,8 +235,8 @@ def one_token_each(
     return subset(later, rows, np.ones(len(rows), dtype=np.int64), slot_mapping, at)
 
 
-def with_own_blocks(step: Step, blocks: int) -> Any:
-    """The step's metadata, but every row has blocks of its own: those of a dummy run have none.
+def with_own_blocks(step: Step, blocks: int) -> OtherBatch:
+    """The step's batch, but every row has blocks of its own: those of a dummy run have none.
 
     Kernels of recurrent states do nothing for a row without one.
 
@@ -226,8 +245,7 @@ def with_own_blocks(step: Step, blocks: int) -> Any:
     """
     table = step.common.block_table_tensor
     own = 1 + torch.arange(table.numel(), device=table.device) % max(1, blocks - 1)
-    common = step.common.replace(block_table_tensor=own.view_as(table).to(table.dtype))
-    return step.builder.build(0, common, fast_build=True)
+    return OtherBatch(step.common.replace(block_table_tensor=own.view_as(table).to(table.dtype)))
 
 
 def ranges(lengths: np.ndarray) -> np.ndarray:
@@ -237,20 +255,23 @@ def ranges(lengths: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def running_on(metadata: Any, slot_mapping: Tensor, **changes: Any) -> Iterator[None]:
-    """Run layers on other attention metadata than the step's.
+def running_on(batch: OtherBatch, slot_mapping: Tensor, **changes: Any) -> Iterator[None]:
+    """Run layers on another batch than the step's.
 
     Args:
         slot_mapping: cache slot of each token.
         changes: other fields of the forward context.
     """
     context = get_forward_context()
-    names = context.attn_metadata.keys()
+    metadata = {
+        name: batch.metadata(getattr(before, _STEP).builder)
+        for name, before in context.attn_metadata.items()
+    }
     with override_forward_context(
         replace(
             context,
-            attn_metadata=dict.fromkeys(names, metadata),
-            slot_mapping=dict.fromkeys(names, slot_mapping),
+            attn_metadata=metadata,
+            slot_mapping=dict.fromkeys(metadata, slot_mapping),
             **changes,
         )
     ):

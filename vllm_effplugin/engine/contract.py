@@ -348,6 +348,7 @@ CONTRACT: tuple[Interface, ...] = (
     Interface(_CPU_WORKER, "CPUWorker.init_device", "drafting"),
     Interface(_CPU_WORKER, "CPUWorker.take_draft_token_ids", "drafting"),
     Interface("vllm.config", "VllmConfig.use_v2_model_runner", "one class per runner"),
+    Interface("vllm.config", "ParallelConfig._api_process_rank", "who answers at /metrics"),
     Interface(
         "vllm.v1.worker.gpu.model_states.default",
         "DefaultModelState.add_request",

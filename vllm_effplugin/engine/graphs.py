@@ -23,7 +23,7 @@ from vllm.forward_context import (
     is_forward_context_available,
 )
 
-from vllm_effplugin.engine.batch import running_on
+from vllm_effplugin.engine.batch import OtherBatch, running_on
 
 NO_SLOT = -1
 """Cache slot of a token that is none: what kernels do not write."""
@@ -147,17 +147,17 @@ class Tokens:
 
     Attributes:
         slot_mapping, positions: per token.
-        metadata: attention metadata; None for the step's own.
+        batch: that they are; None for the step's own.
         graphs: knows which CUDA graphs there are.
     """
 
     slot_mapping: Tensor
     positions: Tensor
-    metadata: Any = None
+    batch: OtherBatch | None = None
     graphs: GraphInputs | None = None
 
     def context(self) -> AbstractContextManager[None]:
         """Layers called in it run on these tokens."""
-        if self.graphs is None:
+        if self.batch is None or self.graphs is None:
             return nullcontext()
-        return running_on(self.metadata, **self.graphs.context(self.slot_mapping))
+        return running_on(self.batch, **self.graphs.context(self.slot_mapping))

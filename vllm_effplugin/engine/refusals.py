@@ -120,9 +120,10 @@ def with_exits(vllm_config: VllmConfig, plan: Plan) -> None:
     """What early exit does not support."""
     model = vllm_config.model_config
     way_out = "remove `early_exit` from the efficiency block"
-    if plan.groups:
+    if plan.groups and verifies(vllm_config):
         raise UnsupportedError(
-            "`early_exit` and `layer_parallel` are not supported together yet: remove one of them"
+            "verified early exits (--speculative-config) are not supported with `layer_parallel`: "
+            "leave --speculative-config off, or remove `layer_parallel` from the efficiency block"
         )
     if vllm_config.speculative_config is not None and not verifies(vllm_config):
         raise UnsupportedError(

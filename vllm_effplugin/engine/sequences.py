@@ -122,8 +122,8 @@ class Passage:
             sources: for each new token, the one so far that has its position and cache slot.
         """
         slots, positions = self._tokens.slot_mapping[sources], self._tokens.positions[sources]
-        metadata = subset(self._step, alive, lengths, slots, positions)
-        self._tokens = Tokens(slots, positions, metadata, self.stack.graphs)
+        batch = subset(self._step, alive, lengths, slots, positions)
+        self._tokens = Tokens(slots, positions, batch, self.stack.graphs)
         self.alive, self.lengths = alive, lengths
         self.hidden, self.residual = hidden, residual
 

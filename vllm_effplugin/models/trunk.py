@@ -153,8 +153,8 @@ class PlannedTrunk(nn.Module):
             for number, gate in enumerate(gates):
                 gate.states = pages.part(number)
         self.gates = AllGates(exits, pages)
-        blocks = (exit.block for exit in exits)
-        for layer in (*self.layers, *(block for block in blocks if block is not None)):
+        blocks = [exit.block for exit in exits if exit.block is not None]
+        for layer in (*(self.layers[unit.first] for unit in self.plan.units), *blocks):
             remember_batches(cached_part(layer))
         edge = efficiency_of(vllm_config.model_config.hf_config).edge_cloud
         if isinstance(edge, EdgeConfig):

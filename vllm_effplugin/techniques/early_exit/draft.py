@@ -73,7 +73,8 @@ class DraftRun:
         table = self._step.common.block_table_tensor
         blocks = table[torch.from_numpy(rows).to(device), at // self._block_size]
         slots = blocks.to(at.dtype) * self._block_size + at % self._block_size
-        metadata = one_token_each(self._step, rows, positions, slots)
+        batch = one_token_each(self._step, rows, positions, slots)
+        metadata = batch.metadata(self._step.builder)
         with set_forward_context(
             dict.fromkeys(self._names, metadata),
             loop.vllm_config,

@@ -410,8 +410,8 @@ class ExitLoop(TrunkLoop):
     ) -> Tensor:
         if not self.has_states:
             return rehearsal(step, input_ids, positions)
-        metadata = with_own_blocks(step, self.vllm_config.cache_config.num_gpu_blocks or 1)
-        with running_on(metadata, step.common.slot_mapping):
+        batch = with_own_blocks(step, self.vllm_config.cache_config.num_gpu_blocks or 1)
+        with running_on(batch, step.common.slot_mapping):
             own = current_step(self._layer_name)
             assert own is not None
             return rehearsal(own, input_ids, positions)

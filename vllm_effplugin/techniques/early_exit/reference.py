@@ -17,10 +17,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.plan import build_plan
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.exits import Exit
 from vllm_effplugin.techniques.early_exit.gates import MambaGate
 from vllm_effplugin.techniques.early_exit.state_reference import MixerTrace
+from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
+from vllm_effplugin.techniques.layer_parallel.reference import group_states
 
 
 class ReferenceSequence:
@@ -30,10 +34,15 @@ class ReferenceSequence:
         model: a `*ForCausalLM` of the Llama, Mistral, Qwen2 or Qwen3 family.
         config: exits and cache policy.
         exits: their trained parts, in order; blocks are decoder layers of the model's class.
+        parallel: groups of layers that run at the same time; exits lie between them.
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: EarlyExitConfig, exits: Sequence[Exit]
+        self,
+        model: PreTrainedModel,
+        config: EarlyExitConfig,
+        exits: Sequence[Exit],
+        parallel: LayerParallelConfig | None = None,
     ) -> None:
         self._model, self._decoder = model, model.model
         self._config, self._exits = config, exits
@@ -45,16 +54,18 @@ class ReferenceSequence:
             if isinstance(exit.gate, MambaGate)
         }
         self._scores: dict[int, Tensor] = {}  # of these gates for what ran last, by exit
-        # Layers in the order in which they run, and how many have run at each exit.
-        self._layers: list[Any] = []
+        self._parallel = parallel
+        # Layers in the order in which they run, one or a group at a time, and how many times have
+        # come at each exit.
+        self._layers: list[tuple[Any, ...]] = []
         self._ends: list[int] = []
-        for index, layer in enumerate(self._decoder.layers):
-            self._layers.append(layer)
+        for unit in build_plan(EfficiencyConfig(layer_parallel=parallel), self._depth).units:
+            self._layers.append(tuple(self._decoder.layers[layer] for layer in unit.layers))
             for number, exit in enumerate(exits):
-                if exit.point.depth == index + 1:
+                if exit.point.depth == unit.layers[-1] + 1:
                     if exit.block is not None:
                         exit.block.self_attn.layer_idx = self._depth + number
-                        self._layers.append(exit.block)
+                        self._layers.append((exit.block,))
                     self._ends.append(len(self._layers))
 
     @torch.no_grad()
@@ -102,7 +113,7 @@ class ReferenceSequence:
     def _skip(self, exit: int, hidden: Tensor, position: int) -> None:
         """Approximate entries of the layers behind an exit, for one token."""
         ran = self._config.exits[exit].depth - 1
-        for layer in self._layers[self._ends[exit] :]:
+        for [layer] in self._layers[self._ends[exit] :]:
             self._fill(layer, ran, hidden, position)
 
     def _pass_gates(self, depth: int, hidden: Tensor, start: int) -> None:
@@ -145,18 +156,26 @@ class ReferenceSequence:
         mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[None, None]
         rotary = self._decoder.rotary_emb(hidden, positions[None])
         behind = hidden
-        for layer in self._layers[first:last]:
-            delta, _ = layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden),
-                position_embeddings=rotary,
-                attention_mask=mask,
-                past_key_values=self._cache,
-            )
-            behind = hidden + delta
-            behind = behind + layer.mlp(layer.post_attention_layernorm(behind))
-            if layer.self_attn.layer_idx < self._depth:
+        for layers in self._layers[first:last]:
+            deltas = [
+                layer.self_attn(
+                    hidden_states=layer.input_layernorm(hidden),
+                    position_embeddings=rotary,
+                    attention_mask=mask,
+                    past_key_values=self._cache,
+                )[0]
+                for layer in layers
+            ]
+            behind, inputs = hidden + deltas[0], [hidden + deltas[0]]
+            if len(layers) > 1:
+                assert self._parallel is not None
+                behind, inputs = group_states(hidden, deltas, self._parallel)
+            for layer, u in zip(layers, inputs, strict=True):
+                behind = behind + layer.mlp(layer.post_attention_layernorm(u))
+            index = layers[-1].self_attn.layer_idx
+            if index < self._depth:
                 hidden = behind
-                self._pass_gates(layer.self_attn.layer_idx + 1, hidden, start)
+                self._pass_gates(index + 1, hidden, start)
         return hidden, behind
 
     def _fill(self, layer: Any, ran: int, hidden: Tensor, position: int) -> None:

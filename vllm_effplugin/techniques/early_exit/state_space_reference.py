@@ -44,7 +44,7 @@ class StateSpaceSequence(ReferenceSequence):
 
     def _skip(self, exit: int, hidden: Tensor, position: int) -> None:
         depth = self._config.exits[exit].depth
-        for layer, trace in zip(self._layers[depth:], self._traces[depth:], strict=True):
+        for (layer,), trace in zip(self._layers[depth:], self._traces[depth:], strict=True):
             if self._config.cache == "freeze":
                 trace.skip(position)
             else:
@@ -52,7 +52,7 @@ class StateSpaceSequence(ReferenceSequence):
 
     def _run(self, hidden: Tensor, first: int, last: int, start: int) -> tuple[Tensor, Tensor]:
         for index in range(first, last):
-            layer = self._layers[index]
+            [layer] = self._layers[index]
             mixer = layer.mixer
             gate, mixed, dt = _driven(layer, hidden[0])
             y = self._traces[index].take(start, mixed, dt)

@@ -281,8 +281,8 @@ class StepRun:
             slot_mapping.index_copy_(0, targets, in_cache)
             hidden.index_copy_(0, targets, self._loop.waiting[0][places])
             residual.index_copy_(0, targets, self._loop.waiting[1][places])
-        metadata = subset(self._step, after.rows, lengths, slot_mapping, positions)
-        tokens = Tokens(slot_mapping, positions, metadata, self._loop.graph_inputs)
+        other = subset(self._step, after.rows, lengths, slot_mapping, positions)
+        tokens = Tokens(slot_mapping, positions, other, self._loop.graph_inputs)
         return tokens, hidden, residual
 
     def _collect(self, hidden: Tensor, output: Tensor) -> Tensor:
