@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from tests.engine import test_edge
 from tests.engine.test_early_exit import Replay, exiting
+from tests.engine.test_edge import answered, check_said, edge_and_cloud, rates, settle
+from tests.engine.test_edge_cloud import PARTITION, Whole, many, serving
 from tests.engine.test_layer_parallel_logits import TOLERANCE, generate, prompts
-from tests.tiny import counters
+from tests.tiny import LAYERS, counters, isolated, make_checkpoint
+from tests.unit.test_edge_link import service
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.plan import build_plan
+from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
+from vllm_effplugin.techniques.edge_cloud.split import model_name, write_layers, write_part
+from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
+from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 
 GROUPS = [[1, 2], [4, 5, 6, 7], [8, 9]]
 """Layers, of 12."""
@@ -44,3 +59,75 @@ def test_exits_between_groups(tiny, family, schedule):
             for prompt, (tokens, logits), happened in zip(prompts(), results, events, strict=True):
                 assert replay.difference(prompt, tokens, logits, happened) <= TOLERANCE
         assert counters(llm)["vllm:num_preemptions"] > 0
+
+
+BELOW, ABOVE = [[0, 1], [2, 3, 4]], [[6, 7], [9, 10, 11]]
+"""Groups on both sides of the partition."""
+
+
+class Grouped(Whole):
+    """The unsplit model in plain PyTorch, with groups of layers."""
+
+    def __init__(self, model: Path, parallel: LayerParallelConfig) -> None:
+        super().__init__(model)
+        self._parallel, self._decoder = parallel, ReferenceDecoder(self.model)
+        units = build_plan(EfficiencyConfig(layer_parallel=parallel), LAYERS).units
+        self._below = [unit for unit in units if unit.first < PARTITION]
+        self._above = [unit for unit in units if unit.first >= PARTITION]
+
+    @torch.inference_mode()
+    def run(self, ids: list[int]) -> tuple[np.ndarray, int]:
+        hidden, context = self._decoder.embed(torch.tensor([ids]))
+        below = self._decoder.run(self._below, hidden, context, self._parallel)
+        above = self._decoder.run(self._above, below, context, self._parallel)
+        return below[0].numpy(), int(self._decoder.logits(above)[0, -1].argmax())
+
+
+def parallel(groups: list[list[int]], **schedule: Any) -> LayerParallelConfig:
+    return LayerParallelConfig.model_validate({"groups": groups, **schedule})
+
+
+def run_cloud(folder: Path, schedule: dict[str, Any], options: dict[str, Any]) -> None:
+    whole = make_checkpoint(folder / "whole")
+    config = CloudConfig(role="cloud", model=model_name(whole), partition=PARTITION)
+    own = parallel([[layer - PARTITION for layer in group] for group in ABOVE], **schedule)
+    efficiency = EfficiencyConfig(edge_cloud=config, layer_parallel=own)
+    write_part(whole, folder / "cloud", PARTITION, LAYERS, efficiency, work=folder, provenance={})
+
+    async def main() -> None:
+        async with serving(folder / "cloud", **options) as cloud:
+            await many(cloud, Grouped(whole, parallel(ABOVE, **schedule)))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [({"bypass": 1}, {"max_num_batched_tokens": 32}), ({"schedule": "fused"}, {})],
+    ids=["bypass1", "fused"],
+)
+def test_a_cloud_with_groups(tmp_path, monkeypatch, schedule, options):
+    """Its tokens are those of the whole model with the same groups."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    isolated(run_cloud, tmp_path, schedule, options)
+
+
+@pytest.mark.parametrize("schedule", [{"bypass": 1}, {"schedule": "fused"}], ids=str)
+def test_an_edge_with_groups(tmp_path, monkeypatch, schedule):
+    """What it sends up is the state behind its groups; tokens that wait run them, too."""
+    whole = make_checkpoint(tmp_path / "whole")
+    for name, first, end in (("lower", 0, PARTITION), ("upper", PARTITION, LAYERS)):
+        (tmp_path / name).mkdir()
+        write_layers(whole, tmp_path / name, first, end)
+    groups = parallel(BELOW, **schedule)
+    exits = rates(0.6, 0.5)
+    with edge_and_cloud(
+        tmp_path, tmp_path, monkeypatch, exits, test_edge.SMALL, layer_parallel=groups
+    ) as (llm, server, upper):
+        found = test_edge.generate(llm, {})
+        origins = sum((Counter(answered(each)) for each in found), Counter())
+        assert min(origins["edge"], origins["cloud"]) > 10
+        check_said(found, Grouped(whole, groups), upper)
+        assert service(server).contexts.totals["repeated"] == 0
+        assert llm.collective_rpc("loop_counters")[0]["recomputed"] > 5
+        settle(llm, server)

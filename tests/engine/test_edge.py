@@ -28,6 +28,7 @@ from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
 from vllm_effplugin.techniques.edge_cloud.service import CloudService, Sampling
 from vllm_effplugin.techniques.edge_cloud.split import write_layers
 from vllm_effplugin.techniques.edge_cloud.totals import CLOUD_TOTALS
+from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 
 TOKENS = 12
 
@@ -80,7 +81,13 @@ def parts(tmp_path_factory) -> Path:
     return folder
 
 
-def edge(parts: Path, out: Path, exits: list[dict[str, Any]], **settings: Any) -> Path:
+def edge(
+    parts: Path,
+    out: Path,
+    exits: list[dict[str, Any]],
+    layer_parallel: LayerParallelConfig | None = None,
+    **settings: Any,
+) -> Path:
     """An edge with untrained exits, the last behind its layers."""
     config = EarlyExitConfig.model_validate({"exits": exits, "compaction": "always"})
     torch.manual_seed(0)
@@ -92,7 +99,9 @@ def edge(parts: Path, out: Path, exits: list[dict[str, Any]], **settings: Any) -
     split = {"role": "edge", "model": "tiny", "layers": LAYERS, "transport": "fp32"}
     split |= {"deadline_s": 60.0}  # a busy machine is not what is tested
     efficiency = EfficiencyConfig(
-        early_exit=config, edge_cloud=EdgeConfig.model_validate({**split, **settings})
+        early_exit=config,
+        edge_cloud=EdgeConfig.model_validate({**split, **settings}),
+        layer_parallel=layer_parallel,
     )
     write_checkpoint(parts / "lower", out, efficiency, tensors=tensors or None, provenance={})
     return out
