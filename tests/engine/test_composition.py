@@ -12,11 +12,16 @@ import pytest
 import torch
 
 from tests.engine import test_edge
-from tests.engine.test_early_exit import Replay, exiting
+from tests.engine.test_early_exit import ROOMY, Replay, check_compiled, exiting
 from tests.engine.test_edge import answered, check_said, edge_and_cloud, rates, settle
 from tests.engine.test_edge_cloud import PARTITION, Whole, many, serving
-from tests.engine.test_layer_parallel_logits import TOLERANCE, generate, prompts
-from tests.tiny import LAYERS, counters, isolated, make_checkpoint
+from tests.engine.test_layer_parallel_logits import (
+    MIXED_BATCHES,
+    TOLERANCE,
+    generate,
+    prompts,
+)
+from tests.tiny import LAYERS, counters, engine, isolated, make_checkpoint, overrides
 from tests.unit.test_edge_link import service
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.plan import build_plan
@@ -59,6 +64,28 @@ def test_exits_between_groups(tiny, family, schedule):
             for prompt, (tokens, logits), happened in zip(prompts(), results, events, strict=True):
                 assert replay.difference(prompt, tokens, logits, happened) <= TOLERANCE
         assert counters(llm)["vllm:num_preemptions"] > 0
+
+
+def test_exits_between_groups_on_two_ranks(tiny, tmp_path):
+    """A layer of a group on each rank; both take the first one's decisions."""
+    sections: dict[str, Any] = {"layer_parallel": {"groups": [[1, 2], [4, 5, 6, 7]], "bypass": 1}}
+    point = {"gate": "linear", "adapter": "linear", "threshold": 0.6}
+    block = {"exits": [{"depth": 3, **point}, {"depth": 8, **point}], "compaction": "always"}
+    replay = Replay(tiny(), block, **sections)
+    checkpoint = replay.write(tiny(), tmp_path / "exits")
+    changed = overrides("Llama", {"early_exit": block, **sections})
+    options = {**MIXED_BATCHES, **ROOMY}
+    with engine(checkpoint, tp=2, hf_overrides=changed, **options) as llm:
+        results = generate(llm, prompts())
+    assert replay.taken(results) == {-1, 0, 1}
+
+
+def test_compiled_exits_between_groups(tmp_path):
+    """Segments, and the one graph with groups and exits in it."""
+    sections = {"layer_parallel": {"groups": [[0, 1], [4, 5]], "bypass": 1}}
+    first = {"depth": 2, "gate": "linear", "adapter": "none", "threshold": 0.5}
+    second = {"depth": 4, "gate": "mlp", "adapter": "linear", "threshold": 0.5}
+    check_compiled(tmp_path, "Llama", [first, second], sections=sections)
 
 
 BELOW, ABOVE = [[0, 1], [2, 3, 4]], [[6, 7], [9, 10, 11]]

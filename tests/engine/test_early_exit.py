@@ -706,7 +706,7 @@ def check_compiled(folder: Path, family: str, exits: list[dict[str, Any]], **opt
     """Segments, and the one graph that has all exits in it, against the replay."""
     model = make_checkpoint(folder / "model", family, num_hidden_layers=6)
     block = {"exits": exits}
-    replay = Replay(model, block)
+    replay = Replay(model, block, **options.get("sections", {}))
     checkpoint = replay.write(model, folder / "exits")
     options = {"block": block, "enforce_eager": False, **ROOMY, **options}
     for results, events in isolated(speak, checkpoint, family=family, **options):
