@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import LAYERS
 from vllm_effplugin.cli import main as cli
 from vllm_effplugin.config.checkpoint import check_checkpoint
+from vllm_effplugin.preparation.base import load_model
+from vllm_effplugin.preparation.decoder import take_apart
 from vllm_effplugin.techniques.edge_cloud import split
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
 
@@ -25,8 +27,14 @@ Run = Callable[..., int]
 def run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command line as the console script does; returns its exit code."""
 
-    def command(out: Path, *options: str, partition: str = "6", exits: str = "4,6") -> int:
-        arguments = ["prepare", "edge-cloud", str(model), str(out), "--sequence-length", "16"]
+    def command(
+        out: Path,
+        *options: str,
+        partition: str = "6",
+        exits: str = "4,6",
+        base: Path = model,
+    ) -> int:
+        arguments = ["prepare", "edge-cloud", str(base), str(out), "--sequence-length", "16"]
         arguments += ["--partition", partition, "--exits", exits, "--text", str(text)]
         arguments += ["--text-tokens", "384", "--held-out-tokens", "256", "--precision", "fp32"]
         arguments += ["--adapter-tokens", "2048"]
@@ -78,6 +86,36 @@ def test_the_parts_are_the_whole(
         torch.testing.assert_close(upper(inputs_embeds=seen[0]).logits, whole)
     tensors = load_file(out / "edge" / "efficiency" / "tensors.safetensors")
     assert {name.split(".")[2] for name in tensors} == {"0", "1"}
+
+
+def test_the_parts_of_a_model_with_groups(
+    run: Run, tmp_path: Path, model: Path, grouped: Path
+) -> None:
+    """Each has its own, with the weights that they were given."""
+    out = tmp_path / "out"
+    assert run(out, "--min-agreement", "0.2", base=grouped) == 0
+    parts = [check_checkpoint(out / part) for part in ("edge", "cloud")]
+    groups = [each.layer_parallel and each.layer_parallel.groups for each in parts]
+    assert groups == [((1, 2), (4, 5)), ((2, 3, 4),)]
+    names = {each.edge_cloud.model for each in parts if each.edge_cloud is not None}
+    assert names == {split.model_name(grouped)}
+    assert names != {split.model_name(model)}
+    lower, upper = (take_apart(load_model(out / part)) for part in ("edge", "cloud"))
+    whole = take_apart(load_model(grouped))
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        hidden, context = lower.embed(ids)
+        hidden = upper.run_layers(range(6), lower.run_layers(range(6), hidden, context), context)
+        expected = whole.run_layers(range(LAYERS), *whole.embed(ids))
+        torch.testing.assert_close(upper.logits(hidden), whole.logits(expected))
+
+
+def test_a_group_is_not_cut_in_two(
+    run: Run, tmp_path: Path, grouped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "out", partition="9", exits="4,9", base=grouped) == 2
+    assert "inside the group [8, 9, 10]" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_where_nothing_keeps_the_agreement_all_is_asked(

@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import LAYERS
 from vllm_effplugin.cli import main as cli
 from vllm_effplugin.config.checkpoint import check_checkpoint
+from vllm_effplugin.plan import build_plan
+from vllm_effplugin.preparation.base import load_model
 from vllm_effplugin.techniques.early_exit import prepare
+from vllm_effplugin.techniques.early_exit.features import capture
+from vllm_effplugin.techniques.layer_parallel.reference import ReferenceDecoder
 
 EXITS = 3
 SIZES = [1, 8, 64]
@@ -45,7 +50,9 @@ def machine(segment_seconds: float, whole_seconds: float) -> dict[str, Any]:
 def run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command line as the console script does; returns its exit code."""
 
-    def command(out: Path, *options: str, measured: dict[str, Any] | None = None) -> int:
+    def command(
+        out: Path, *options: str, measured: dict[str, Any] | None = None, base: Path = model
+    ) -> int:
         def engine(function: Any, checkpoint: str, batches: Any) -> dict[str, Any]:
             candidate = check_checkpoint(Path(checkpoint)).early_exit
             assert candidate is not None
@@ -53,7 +60,7 @@ def run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             return measured or machine(segment_seconds=0.25, whole_seconds=1.0)
 
         monkeypatch.setattr(prepare, "run_with_engine", engine)
-        arguments = ["prepare", "early-exit", str(model), str(out), "--sequence-length", "16"]
+        arguments = ["prepare", "early-exit", str(base), str(out), "--sequence-length", "16"]
         arguments += ["--exits", "4,8,11", "--text", str(text), "--held-out-tokens", "256"]
         arguments += ["--text-tokens", "384", "--adapter-tokens", "2048", "--precision", "fp32"]
         monkeypatch.setattr(sys, "argv", ["effplugin", *arguments, *options])
@@ -122,6 +129,68 @@ def test_a_tuned_backbone_comes_with_the_checkpoint(
     tuning = json.loads((out / "provenance.json").read_text())["tuning"]
     assert 0.1 < tuning["agreement"] < 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_exits_on_a_model_with_groups(run: Run, tmp_path: Path, grouped: Path) -> None:
+    """Trained on what its groups compute; the checkpoint has both techniques, and their tensors."""
+    out = tmp_path / "out"
+    assert run(out, "--min-agreement", "0.3", base=grouped) == 0
+    efficiency, base = check_checkpoint(out), check_checkpoint(grouped)
+    assert efficiency.techniques == ("layer_parallel", "early_exit")
+    assert efficiency.layer_parallel == base.layer_parallel
+    ours, theirs = (
+        load_file(folder / "efficiency" / "tensors.safetensors") for folder in (out, grouped)
+    )
+    assert all(theirs[name].equal(ours[name]) for name in theirs)
+    added = ours.keys() - theirs.keys()
+    assert added
+    assert all(name.startswith("model.exits.") for name in added)
+    # Nothing of what has to be, need be given.
+    assert run(tmp_path / "none", base=grouped, measured=machine(1.0, 1.0)) == 0
+    assert check_checkpoint(tmp_path / "none").layer_parallel == base.layer_parallel
+
+
+def test_features_of_a_model_with_groups(grouped: Path) -> None:
+    """What the reference of groups computes, with the weights that they were given."""
+    model, efficiency = load_model(grouped), check_checkpoint(grouped)
+    tokens = torch.randint(3, 250, (2, 16))
+    found = capture(model, tokens, torch.zeros(2, 16, dtype=torch.bool), [4, 8], "fp32")
+    decoder, units = ReferenceDecoder(model), build_plan(efficiency, LAYERS).units
+    hidden, context = decoder.embed(tokens)
+    for depth, state in ((4, found.exits[0]), (8, found.exits[1]), (LAYERS, found.final)):
+        expected = decoder.run(
+            [unit for unit in units if unit.first < depth],
+            hidden,
+            context,
+            efficiency.layer_parallel,
+        )
+        torch.testing.assert_close(state, expected.bfloat16())
+    stock = AutoModelForCausalLM.from_pretrained(grouped, dtype=torch.float32)
+    assert not torch.equal(
+        stock.model.layers[5].mlp.up_proj.weight, model.model.layers[5].mlp.up_proj.weight
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--exits", "5,8"], r"inside the group [4, 5]"),
+        (["--cache", "propagate"], "'propagate' is not supported with efficiency.layer_parallel"),
+        (["--gate", "mamba"], "gates `mamba`"),
+        (["--tune-backbone", "lora"], "--tune-backbone is not supported"),
+    ],
+)
+def test_what_groups_do_not_support_is_refused(
+    run: Run,
+    tmp_path: Path,
+    grouped: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert run(tmp_path / "out", *options, base=grouped) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_exit_is_written_where_none_pays(

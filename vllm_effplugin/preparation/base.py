@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 
 from vllm_effplugin.config.checkpoint import (
     base_tensors,
+    check_checkpoint,
+    extra_tensors,
     is_classifier,
     read_model_config,
     stock_architecture,
@@ -27,8 +29,11 @@ WORK_LAYOUT = 3
 """Of the files in a work directory; one of another layout is not resumed."""
 
 
-def check_base(model: Path, sequence_length: int) -> int:
+def check_base(model: Path, sequence_length: int, beneath: Sequence[str] = ()) -> int:
     """Refuse what cannot be prepared; the number of layers otherwise.
+
+    Args:
+        beneath: techniques that the checkpoint may have already.
 
     Raises:
         ConfigError: an efficient checkpoint, an unknown family, or sequences that are too long.
@@ -42,16 +47,23 @@ def check_base(model: Path, sequence_length: int) -> int:
             f"{model} is a classifier, which `effplugin prepare classify` is for; this needs a "
             "language model"
         )
-    check_unprepared(model, config, "--sequence-length", sequence_length)
+    check_unprepared(model, config, "--sequence-length", sequence_length, beneath)
     return int(config["num_hidden_layers"])
 
 
-def check_unprepared(model: Path, config: Mapping[str, Any], option: str, length: int) -> None:
+def check_unprepared(
+    model: Path,
+    config: Mapping[str, Any],
+    option: str,
+    length: int,
+    beneath: Sequence[str] = (),
+) -> None:
     """Refuse what no preparation takes.
 
     Args:
         option: that sets the length of sequences, for messages.
         length: of sequences.
+        beneath: techniques that the checkpoint may have already.
 
     Raises:
         ConfigError: an efficient checkpoint, or sequences that are too long.
@@ -60,7 +72,12 @@ def check_unprepared(model: Path, config: Mapping[str, Any], option: str, length
     """
     base_tensors(model)
     if config.get("efficiency") is not None:
-        raise ConfigError(f"{model} is an efficient checkpoint already; prepare its base model")
+        others = [name for name in check_checkpoint(model).techniques if name not in beneath]
+        if others or not beneath:
+            raise ConfigError(
+                f"{model} is an efficient checkpoint already ({', '.join(others) or 'no technique'}"
+                "); prepare its base model"
+            )
     if config.get("quantization_config") is not None:
         raise UnsupportedError(f"{model} is quantised; prepare the unquantised model")
     limit = int(config.get("max_position_embeddings") or length)
@@ -81,10 +98,18 @@ def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def load_model(model: Path, dtype: torch.dtype | str = torch.float32) -> Any:
-    """The checkpoint as a Hugging Face model; `auto` keeps its own dtype."""
+    """The checkpoint as a Hugging Face model; `auto` keeps its own dtype.
+
+    With the tensors that a technique gave its layers; `take_apart` runs them as the technique says.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().requires_grad_(False)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().requires_grad_(False)
+    own = loaded.state_dict()
+    for name, tensor in extra_tensors(model).items():
+        if name in own:  # else it is a part of the technique's
+            own[name].copy_(tensor)
+    return loaded
 
 
 def fingerprint(model: Path, text: Path | None, request: dict[str, Any]) -> dict[str, Any]:

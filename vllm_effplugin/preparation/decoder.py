@@ -110,8 +110,15 @@ class Decoder:
 
 
 def take_apart(model: Any) -> Decoder | StateSpaceDecoder:
-    """A causal language model of either kind, by its layers."""
-    return StateSpaceDecoder(model) if hasattr(model, "backbone") else Decoder(model)
+    """A causal language model of either kind, by its layers; groups of them run as such."""
+    if hasattr(model, "backbone"):
+        return StateSpaceDecoder(model)
+    block = getattr(model.config, "efficiency", None)  # of a checkpoint that is prepared further
+    if block is None:
+        return Decoder(model)
+    from vllm_effplugin.techniques.layer_parallel.reference import GroupedDecoder
+
+    return GroupedDecoder(model, block)
 
 
 def run_layer(layer: Any, hidden: Tensor, context: dict[str, Any]) -> Tensor:

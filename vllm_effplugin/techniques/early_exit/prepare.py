@@ -27,6 +27,8 @@ from torch import Tensor
 from vllm_effplugin.config import STATE_SPACE_MODELS, EfficiencyConfig
 from vllm_effplugin.config.checkpoint import (
     PROVENANCE,
+    extra_tensors,
+    read_efficiency,
     read_model_config,
     require_output,
     write_checkpoint,
@@ -34,6 +36,7 @@ from vllm_effplugin.config.checkpoint import (
 from vllm_effplugin.config.provenance import collect_provenance
 from vllm_effplugin.errors import ConfigError, UnsupportedError
 from vllm_effplugin.offline import run_with_engine
+from vllm_effplugin.plan import build_plan
 from vllm_effplugin.preparation.base import (
     check_base,
     find_text,
@@ -171,7 +174,7 @@ def prepare(
     """Make a checkpoint with exits.
 
     Args:
-        model: the base model's checkpoint directory.
+        model: the base model's checkpoint directory, or one with groups of layers.
         out: directory to write.
         request: what to make.
         work_dir: for unfinished work; beside `out` by default, removed on success.
@@ -185,10 +188,11 @@ def prepare(
     """
     console = console or Console()
     require_output(out, overwrite=overwrite)
-    num_layers = check_base(model, request.sequence_length)
+    num_layers = check_base(model, request.sequence_length, beneath=("layer_parallel",))
     model_config = read_model_config(model)
     dtype = stored_dtype(model_config)
-    depths = _depths(request, num_layers)
+    beneath = read_efficiency(model)
+    depths = _depths(request, num_layers, beneath)
     _check_servable(model, model_config, request, depths)
     out = out.absolute()
     work = WorkDirectory(
@@ -206,16 +210,21 @@ def prepare(
     if machine is None:
         logger.warning("measuring what the parts of the model cost on this machine")
         candidate = work.folder / "candidate"
-        efficiency = EfficiencyConfig(early_exit=everything)
         write_checkpoint(
-            base, candidate, efficiency, tensors=tensors, provenance={}, overwrite=True
+            base,
+            candidate,
+            beneath.model_copy(update={"early_exit": everything}),
+            tensors=extra_tensors(model) | tensors,
+            provenance={},
+            overwrite=True,
         )
         machine = Machine.model_validate(
             run_with_engine(measure_machine, str(candidate), request.batches)
         )
         work.save_result("machine", machine)
 
-    savings = [1 - depth / num_layers for depth in depths]
+    depth_of = plan_depths(beneath, num_layers)
+    savings = [1 - depth_of[depth] / depth_of[num_layers] for depth in depths]
     chosen = list(range(len(depths)))
     if not request.keep_exits:
         chosen = _choose(choosing, savings, machine, depths, request)
@@ -247,8 +256,8 @@ def prepare(
     write_checkpoint(
         base,
         out,
-        EfficiencyConfig(early_exit=config),
-        tensors=_renumbered(tensors, chosen) if config.exits else None,
+        beneath.model_copy(update={"early_exit": config}),
+        tensors=extra_tensors(model) | (_renumbered(tensors, chosen) if config.exits else {}),
         provenance={
             **collect_provenance(),
             "technique": "early_exit",
@@ -282,6 +291,11 @@ def _check_servable(
         raise UnsupportedError(
             f"--tune-backbone is not supported on {architecture} yet: leave it at `none`"
         )
+    if request.tune is not None and config.get("efficiency") is not None:
+        raise UnsupportedError(
+            f"--tune-backbone is not supported on {model}, whose layers run in groups: leave it at "
+            "`none`"
+        )
     check_one_kind(model, config)
     if torch.cuda.is_available():
         raise UnsupportedError(
@@ -302,15 +316,28 @@ def check_one_kind(model: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _depths(request: PrepareRequest, num_layers: int) -> tuple[int, ...]:
+def plan_depths(efficiency: EfficiencyConfig, num_layers: int) -> dict[int, int]:
+    """How many units of a model's plan lie before each depth at which one ends, and all of them."""
+    units = build_plan(efficiency, num_layers).units
+    return {0: 0} | {unit.layers[-1] + 1: count for count, unit in enumerate(units, 1)}
+
+
+def _depths(request: PrepareRequest, num_layers: int, beneath: EfficiencyConfig) -> tuple[int, ...]:
     depths = request.exits
     if depths is None:
-        depths = tuple(sorted({num_layers * part // 12 for part in (7, 9, 10)} - {0}))
+        between = plan_depths(beneath, num_layers)  # groups, not inside of one
+        wanted = (num_layers * part // 12 for part in (7, 9, 10))
+        found = {max(depth for depth in between if depth <= at) for at in wanted}
+        depths = tuple(sorted(found - {0}))
     if list(depths) != sorted(set(depths)):
         raise ConfigError(f"--exits must be increasing depths, got {list(depths)}")
     if len(depths) > MOST_EXITS:
         raise ConfigError(f"--exits: at most {MOST_EXITS} exits, got {len(depths)}")
-    request.config(depths, [NEVER] * len(depths)).check_depths(num_layers)
+    config = request.config(depths, [NEVER] * len(depths))
+    config.check_depths(num_layers)
+    together = beneath.model_copy(update={"early_exit": config})
+    together.validate_for(num_layers)
+    build_plan(together, num_layers)
     return depths
 
 

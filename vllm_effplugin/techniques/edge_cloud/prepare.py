@@ -18,12 +18,14 @@ from rich.table import Table
 
 from vllm_effplugin.config import LANGUAGE_MODELS, EfficiencyConfig
 from vllm_effplugin.config.checkpoint import (
+    read_efficiency,
     read_model_config,
     require_output,
     stock_architecture,
 )
 from vllm_effplugin.config.provenance import collect_provenance
 from vllm_effplugin.errors import ConfigError, UnsupportedError
+from vllm_effplugin.plan import build_plan
 from vllm_effplugin.preparation.base import check_base, find_text, fingerprint, stored_dtype
 from vllm_effplugin.preparation.plot import new_axes, to_png
 from vllm_effplugin.preparation.workdir import WorkDirectory
@@ -146,7 +148,11 @@ def prepare(
         require_output(out / part, overwrite=overwrite)
     layers = check_partition(model, request.partition)
     _check(model, request)
-    check_base(model, request.sequence_length)
+    check_base(model, request.sequence_length, beneath=("layer_parallel",))
+    cut = read_efficiency(model).model_copy(
+        update={"split_after": tuple(depth - 1 for depth in request.exits)}
+    )
+    build_plan(cut, layers)  # an exit is a boundary, which may not lie inside a group
     dtype = stored_dtype(read_model_config(model))
     out = out.absolute()
     work = WorkDirectory(

@@ -10,33 +10,45 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vllm_effplugin.config import EfficiencyConfig
 from vllm_effplugin.config.checkpoint import (
+    EXTRA_FILE,
+    EXTRA_FOLDER,
     PROVENANCE,
     base_tensors,
+    extra_tensors,
+    read_efficiency,
     read_model_config,
+    stock_architecture,
     write_checkpoint,
 )
 from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.plan import build_plan
 
 SHARD_BYTES = 4 << 30
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 
 
 def model_name(model: Path) -> str:
-    """Names a checkpoint's weights: two are the same model exactly if these are the same."""
+    """Names what a checkpoint computes: its weights, and groups of its layers."""
     digest = hashlib.sha256()
-    for path in sorted(model.glob("*.safetensors")):
+    extra = model / EXTRA_FOLDER / EXTRA_FILE
+    for path in [*sorted(model.glob("*.safetensors")), *([extra] if extra.exists() else [])]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"{read_model_config(model)['architectures'][0]}-{digest.hexdigest()[:24]}"
+    config = read_model_config(model)
+    if config.get("efficiency") is not None:
+        digest.update(json.dumps(config["efficiency"], sort_keys=True).encode())
+    return f"{stock_architecture(config)}-{digest.hexdigest()[:24]}"
 
 
 def check_partition(model: Path, partition: int) -> int:
@@ -63,6 +75,8 @@ def write_layers(model: Path, out: Path, first: int, end: int) -> None:
         out: an existing, empty directory.
     """
     config = read_model_config(model)
+    config["architectures"] = [stock_architecture(config)]
+    config.pop("efficiency", None)
     config["num_hidden_layers"] = end - first
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][first:end]
@@ -113,21 +127,40 @@ def write_part(
     efficiency: EfficiencyConfig,
     *,
     work: Path,
+    tensors: Mapping[str, Tensor] | None = None,
     **written: Any,
 ) -> None:
     """Write layers `[first, end)` of a model as an edge's or a cloud's checkpoint.
 
+    Groups of layers that the model has, it has in its parts.
+
     Args:
         model: the whole model's directory.
         out: directory to write.
-        efficiency: what the part does.
+        efficiency: what else the part does.
         work: an existing directory on the same file system, for what is not yet whole.
+        tensors: of that.
         **written: further arguments of `write_checkpoint`.
+
+    Raises:
+        ConfigError: a group that is cut in two.
     """
+    whole = read_efficiency(model)
+    layers = int(read_model_config(model)["num_hidden_layers"])
+    replaced: dict[str, Tensor] = {}
+    if whole.layer_parallel is not None:
+        # A partition is a boundary, which may not lie inside a group.
+        cuts = tuple(at - 1 for at in (first, end) if 0 < at < layers)
+        build_plan(whole.model_copy(update={"split_after": cuts}), layers)
+        groups = whole.layer_parallel.part(layers, first, end)
+        efficiency = efficiency.model_copy(update={"layer_parallel": groups})
+        renamed = ((_renamed(n, first, end), tensor) for n, tensor in extra_tensors(model).items())
+        replaced = {name: tensor for name, tensor in renamed if name is not None}
     with TemporaryDirectory(prefix="stock-", dir=work) as folder:
         stock = Path(folder)
         write_layers(model, stock, first, end)
-        write_checkpoint(stock, out, efficiency, passing=stock, **written)
+        replaced.update(tensors or {})
+        write_checkpoint(stock, out, efficiency, passing=stock, tensors=replaced, **written)
 
 
 def _renamed(name: str, first: int, end: int) -> str | None:

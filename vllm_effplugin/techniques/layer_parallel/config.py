@@ -94,6 +94,22 @@ class LayerParallelConfig(BaseModel):
         if self.double_count_bypass and not self.bypass:
             raise ValueError("`double_count_bypass` needs `bypass` >= 1")
 
+    def part(self, num_layers: int, first: int, end: int) -> LayerParallelConfig | None:
+        """The same for layers `[first, end)` of a model alone; None where no group is among them.
+
+        Args:
+            num_layers: of the model. No group lies across either end.
+        """
+        groups = tuple(
+            tuple(layer - first for layer in group)
+            for group in self.resolve_groups(num_layers)
+            if first <= group[0] < end
+        )
+        if not groups:
+            return None
+        none = {"start": None, "end": None, "group_size": None}
+        return LayerParallelConfig.model_validate({**self.model_dump(), **none, "groups": groups})
+
     def resolve_groups(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
         """The groups of at least two layers, in order.
 

@@ -7,13 +7,15 @@ Shapes: `B` sequences, `S` positions, `d` hidden size, `V` vocabulary, `p` layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from vllm_effplugin.plan import Unit
+from vllm_effplugin.config import EfficiencyConfig
+from vllm_effplugin.plan import Unit, build_plan
 from vllm_effplugin.preparation.decoder import Decoder
 from vllm_effplugin.techniques.layer_parallel.config import LayerParallelConfig
 
@@ -57,6 +59,30 @@ class ReferenceDecoder(Decoder):
         for index, u in zip(unit.layers, inputs, strict=True):
             output = output + self.mlp_delta(index, u)
         return output
+
+
+class GroupedDecoder(ReferenceDecoder):
+    """The same for those who ask for layers: groups run at once.
+
+    Args:
+        block: the checkpoint's `efficiency` block.
+    """
+
+    def __init__(self, model: PreTrainedModel, block: Mapping[str, Any]) -> None:
+        super().__init__(model)
+        config = EfficiencyConfig.model_validate(block)
+        self._parallel = config.layer_parallel
+        self._unit_of = build_plan(config, len(self.layers)).unit_of
+
+    def run_layers(self, indices: Iterable[int], hidden: Tensor, context: dict[str, Any]) -> Tensor:
+        """Run layers in order; of a group, all of them, where its first one is."""
+        for index in indices:
+            unit = self._unit_of[index]
+            if not unit.is_group:
+                hidden = super().run_layers((index,), hidden, context)
+            elif index == unit.first:
+                hidden = self._group(unit, hidden, context, self._parallel)
+        return hidden
 
 
 def group_states(
