@@ -1,4 +1,4 @@
-"""What README.md and the techniques' pages point at is there."""
+"""What README.md and the other pages point at is there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from vllm_effplugin.cli.main import app
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
     ROOT / "patches" / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("vllm_effplugin/techniques/*/README.md")),
 ]
 
