@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve cloud edge split test lint clean free-port install install-test FORCE
+.PHONY: help serve cloud edge split test matrix lint clean free-port install install-test FORCE
 
 VENV := .venv
 CACHE := .cache
@@ -87,6 +87,9 @@ edge: free-port $(if $(EFFPLUGIN_CLOUD_URL),install $(SPLIT)/cloud/config.json,s
 
 test: install-test lint  ## install what the tests need, then lint and run them all
 	$(VENV)/bin/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+matrix: install-test  ## write the README's support matrix, from the tests
+	$(VENV)/bin/pytest -q --collect-only --write-matrix > /dev/null
 
 lint: install-test  ## ruff and mypy
 	$(VENV)/bin/ruff check .

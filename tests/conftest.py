@@ -26,6 +26,7 @@ def _take_a_core(worker: str) -> None:
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _take_a_core(os.environ["PYTEST_XDIST_WORKER"])
 
+from tests import matrix  # noqa: E402
 from tests.tiny import make_checkpoint, make_classifier  # noqa: E402
 
 
@@ -59,6 +60,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
 def classifier(tmp_path_factory: pytest.TempPathFactory):
     """The same for stock classifiers: `classifier("Bert")`."""
     return _once_per_family(tmp_path_factory, make_classifier)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-matrix", action="store_true", help="write README.md's support matrix")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-matrix"):
+        matrix.write(session.items)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,6 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "exits"
 
 
+@pytest.mark.works("early_exit", "data parallelism, several API servers", "tensor parallelism")
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_each_token_is_counted_once(checkpoint, tmp_path, monkeypatch, processes):
     """By one of the tensor-parallel ranks, and whichever API server is asked."""

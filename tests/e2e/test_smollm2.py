@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,22 @@ def test_verified_exits_are_the_stock_model(smollm2, count, tokens):
     assert verified == stock
 
 
+def check_forms(client: httpx.Client) -> None:
+    """A grammar is kept to, and a stream's pieces are the whole answer."""
+    body = {"model": "demo", "prompt": "A number:", "max_tokens": 12, "temperature": 0}
+    found = client.post(
+        "/v1/completions", json={**body, "structured_outputs": {"regex": "[0-9]{3}-[a-c]{2}"}}
+    )
+    assert found.status_code == 200, found.text
+    assert re.fullmatch("[0-9]{3}-[a-c]{2}", found.json()["choices"][0]["text"])
+    whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as streamed:
+        *pieces, last = [line[6:] for line in streamed.iter_lines() if line.startswith("data: ")]
+    assert last == "[DONE]"
+    assert "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces) == whole
+
+
+@pytest.mark.works("layer_parallel", "structured output", "streaming")
 def test_vllm_serve_needs_no_flag(smollm2, tmp_path):
     """A prepared checkpoint behind `vllm serve`: chat answers, and bad requests harm nobody."""
     checkpoint = tmp_path / "prepared"
@@ -178,6 +195,7 @@ def test_vllm_serve_needs_no_flag(smollm2, tmp_path):
         assert client.post("/v1/chat/completions", json={**body, "n": -1}).status_code == 400
         again = client.post("/v1/chat/completions", json=body)
         assert again.json()["choices"] == answer.json()["choices"]
+        check_forms(client)
         found = shown(client)
         labels = f'{{model_name="demo",techniques="layer_parallel",version="{__version__}"}}'
         assert found[f"effplugin_info{labels}"] == 1
@@ -186,6 +204,7 @@ def test_vllm_serve_needs_no_flag(smollm2, tmp_path):
     assert "0-19 [20 21] 22-25 [26 27] 28-29" in log.read_text(), "the plan is not in the log"
 
 
+@pytest.mark.works("early_exit", "structured output", "streaming")
 def test_callers_choose_how_to_exit(smollm2, tmp_path):
     """Exits, none, and verified ones over HTTP; wrong wishes; what `/metrics` shows."""
     checkpoint = tmp_path / "exits"
@@ -204,6 +223,7 @@ def test_callers_choose_how_to_exit(smollm2, tmp_path):
             assert answer.status_code == 200, answer.text
             return answer.json()["choices"][0]["text"]
 
+        check_forms(client)
         full = text(exit="false")
         assert text(exit="verify") == full
         early = text()

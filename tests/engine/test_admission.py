@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from tests.engine.test_joint_exit import checkpoint
 from tests.engine.test_multiplex import trained as random_multiplexers
+from tests.matrix import TECHNIQUES
 from tests.tiny import make_checkpoint, make_classifier, overrides
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import (
@@ -20,7 +21,7 @@ from vllm_effplugin.config.checkpoint import (
 )
 from vllm_effplugin.engine.admission import EfficiencyAdmission
 from vllm_effplugin.engine.settings import SCHEDULER, UNTESTED, VERIFY, WORKERS
-from vllm_effplugin.errors import UnsupportedError
+from vllm_effplugin.errors import ConfigError, UnsupportedError
 from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
 from vllm_effplugin.techniques.early_exit.exits import Exit
 
@@ -46,6 +47,7 @@ def build(model: Path, family: str = "Llama", efficiency: dict | None = None, **
     return EngineArgs(model=str(model), **settings).create_engine_config()
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("efficiency", "options", "named"),
     [
@@ -115,11 +117,22 @@ def test_refused(tiny, efficiency, options, named):
 GATES = {"exits": [{"depth": 4, "gate": "mamba"}]}
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("family", "efficiency", "options", "named"),
     [
-        ("Mamba2", PAIRS, {}, "layer_parallel is not supported on EfficientMamba2.*no attention"),
-        ("Mamba2", HEADS, {}, "`joint_exit` is not supported on EfficientMamba2"),
+        pytest.param(
+            *("Mamba2", PAIRS, {}, "layer_parallel is not supported on EfficientMamba2.*attention"),
+            marks=pytest.mark.refuses("layer_parallel", "Mamba-2"),
+        ),
+        pytest.param(
+            *("Mamba2", HEADS, {}, "`joint_exit` is not supported on EfficientMamba2"),
+            marks=pytest.mark.refuses("joint_exit", "Mamba-2"),
+        ),
+        pytest.param(
+            *("Mamba2", {"multiplex": {"depth": 4, "sizes": [2]}}, {}, "`multiplex` is not supp"),
+            marks=pytest.mark.refuses("multiplex", "Mamba-2"),
+        ),
         (
             "Mamba2",
             {"early_exit": {**EXITS["early_exit"], "cache": "propagate"}},
@@ -162,6 +175,7 @@ def edge(**changes):
     return {name: {**section, **changes.get(name, {})} for name, section in EDGE.items()}
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("efficiency", "options", "named"),
     [
@@ -172,6 +186,9 @@ def edge(**changes):
         (CLOUD, {"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*`edge_cloud`"),
         (CLOUD, {"worker_cls": "some.Worker"}, "--worker-cls.*`edge_cloud`"),
         ({**CLOUD, **EXITS}, {}, "role `cloud` and efficiency.early_exit"),
+        (CLOUD, {"speculative_config": VERIFY}, "--speculative-config"),
+        (EDGE, {"speculative_config": NGRAM}, "--speculative-config method 'ngram'"),
+        (EDGE, {"enable_prompt_embeds": True}, "--enable-prompt-embeds.*early exit"),
         (EDGE, {"tensor_parallel_size": 2}, "--tensor-parallel-size > 1.*an edge"),
         (EDGE, {"async_scheduling": True}, "--async-scheduling.*an edge"),
         (EDGE, {"speculative_config": VERIFY}, "verified early exits.*an edge"),
@@ -234,6 +251,7 @@ def classifier(tmp_path_factory):
     return make
 
 
+@pytest.mark.refuses("joint_exit")
 @pytest.mark.parametrize(
     ("family", "options", "named"),
     [
@@ -268,6 +286,7 @@ def classifier(tmp_path_factory):
         ("Llama", {"pooler_config": {"logit_sigma": 2.0}}, "logit_sigma.*trained without"),
         ("Llama", {"pooler_config": {"logit_mean": 0.5}}, "logit_mean.*trained without"),
         ("Llama", {"speculative_config": NGRAM}, "--speculative-config.*classifier"),
+        ("Llama", {"speculative_config": VERIFY}, "--speculative-config.*no exits"),
         (
             "Llama",
             {"hf_overrides": {"problem_type": "multi_label_classification"}},
@@ -288,14 +307,146 @@ def test_refused_with_a_classifiers_exits(classifier, family, options, named):
         build(classifier(family), hf_overrides=overrides, **{"max_model_len": 256, **options})
 
 
-def test_a_section_of_another_kind_of_model_is_refused(tiny, classifier):
+def test_a_section_of_another_kind_of_model_is_refused(tiny):
     named = "`joint_exit` is not supported on EfficientLlamaForCausalLM"
     with pytest.raises(ValueError, match=named):
         build(tiny(), efficiency=HEADS)
-    for section in (PAIRS, EXITS):
-        [name] = section
-        with pytest.raises(ValueError, match=f"`{name}` is not supported on EfficientLlamaForSeq"):
-            build(classifier(), hf_overrides={"efficiency": section})
+
+
+@pytest.mark.refuses("edge", "Mamba-2")
+@pytest.mark.refuses("edge", "BERT")
+@pytest.mark.refuses("cloud", "Mamba-2")
+@pytest.mark.refuses("cloud", "BERT")
+@pytest.mark.parametrize("part", [EDGE, CLOUD], ids=["edge", "cloud"])
+def test_other_models_are_not_split(part):
+    efficiency = parse_efficiency({"edge_cloud": part["edge_cloud"]})
+    for architecture in ("Mamba2ForCausalLM", "BertForSequenceClassification"):
+        with pytest.raises(ConfigError, match=f"edge_cloud is not supported on {architecture}"):
+            efficiency.check_kind(architecture)
+
+
+@pytest.mark.refuses("layer_parallel", "BERT")
+@pytest.mark.refuses("early_exit", "BERT")
+def test_sections_of_language_models_are_refused_on_classifiers(classifier):
+    for family in ("Llama", "Bert"):
+        for section in (PAIRS, EXITS):
+            [name] = section
+            named = f"`{name}` is not supported on Efficient{family}ForSeq"
+            with pytest.raises(ValueError, match=named):
+                build(classifier(family), hf_overrides={"efficiency": section}, max_model_len=256)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Makes, once, a checkpoint of each technique; and what it is served with."""
+    folder = tmp_path_factory.mktemp("served")
+    made: dict[str, tuple[Path, dict]] = {}
+
+    def make(technique: str) -> tuple[Path, dict]:
+        if technique in made:
+            return made[technique]
+        if technique in ("joint_exit", "multiplex"):
+            base, out = make_classifier(folder / f"{technique}-base"), folder / technique
+            if technique == "joint_exit":
+                checkpoint(base, out, HEADS["joint_exit"])
+            else:
+                efficiency = parse_efficiency({"multiplex": {"depth": 4, "sizes": [2]}})
+                tensors = random_multiplexers((2,))
+                write_checkpoint(base, out, efficiency, tensors=tensors, provenance={})
+            made[technique] = out, {"hf_overrides": {"vocab_size": 256}}
+        else:
+            section = {"layer_parallel": PAIRS, "early_exit": EXITS, "edge": EDGE, "cloud": CLOUD}
+            base = make_checkpoint(folder / technique)
+            made[technique] = base, {"efficiency": section[technique]}
+        return made[technique]
+
+    return make
+
+
+NOBODY = {
+    "pipeline parallelism": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+    "context parallelism": (
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        "--decode-context-parallel-size",
+    ),
+    "executor `ray`": (
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+        "--distributed-executor-backend ray",
+    ),
+    "quantised weights": ({"quantization": "fp8"}, "quantization 'fp8'"),
+    "LoRA at run time": ({"enable_lora": True}, "--enable-lora"),
+    "KV connectors": ({"kv_transfer_config": CONNECTOR}, "--kv-transfer-config"),
+}
+"""What no technique supports, on a CPU."""
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize("feature", NOBODY)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_what_no_technique_supports(served, monkeypatch, technique, feature):
+    monkeypatch.setenv("EFFPLUGIN_CLOUD_URL", "http://127.0.0.1:9")
+    options, named = NOBODY[feature]
+    model, settings = served(technique)
+    with pytest.raises(ValueError, match=named):
+        build(model, **{"max_model_len": 256, **settings, **options})
+
+
+@pytest.mark.refuses("multiplex", "V1 on CUDA")
+@pytest.mark.refuses("multiplex", "V2 on CUDA")
+@pytest.mark.refuses("edge", "V1 on CUDA")
+def test_what_has_not_run_on_gpus_is_refused_there(served, monkeypatch):
+    monkeypatch.setenv("EFFPLUGIN_CLOUD_URL", "http://127.0.0.1:9")
+    for technique, named in (
+        ("multiplex", f"merging has not run there.*{UNTESTED}=1"),
+        ("edge", "an edge is supported on CPUs only"),
+    ):
+        model, settings = served(technique)
+        with monkeypatch.context() as patch:
+            vllm_config = build(model, max_model_len=256, **settings)
+            patch.setattr(current_platform, "device_type", "cuda")
+            patch.setenv(UNTESTED, "1" if technique == "edge" else "0")
+            vllm_config.parallel_config.worker_cls = "auto"
+            for v2 in (False, True) if technique == "multiplex" else (False,):
+                patch.setattr(type(vllm_config), "use_v2_model_runner", v2)
+                with pytest.raises(UnsupportedError, match=named):
+                    EfficiencyAdmission.verify_and_update_config(vllm_config)
+
+
+@pytest.mark.refuses("edge", "V2 on CPU (Triton's interpreter)")
+@pytest.mark.refuses("edge", "V2 on CUDA")
+@pytest.mark.refuses("cloud", "V2 on CPU (Triton's interpreter)")
+@pytest.mark.refuses("cloud", "V2 on CUDA")
+@pytest.mark.parametrize("technique", ["edge", "cloud"])
+def test_split_models_are_refused_on_runner_v2(served, monkeypatch, technique):
+    monkeypatch.setenv("EFFPLUGIN_CLOUD_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    model, settings = served(technique)
+    with pytest.raises(ValueError, match=r"V2 is not supported with `edge_cloud`.*RUNNER=0"):
+        build(model, max_model_len=256, **settings)
+
+
+def alone_or_together() -> list:
+    """Pairs of techniques of one checkpoint that are refused."""
+    multiplex = {"multiplex": {"depth": 6, "sizes": [2]}}
+    sections = {"layer_parallel": PAIRS, "early_exit": EXITS, "multiplex": multiplex}
+    pairs = [("joint_exit", name) for name in ("layer_parallel", "early_exit")]
+    pairs += [("multiplex", name) for name in ("layer_parallel", "early_exit")]
+    sections |= {"joint_exit": HEADS, "edge": EDGE, "cloud": CLOUD}
+    pairs += [(part, name) for part in ("edge", "cloud") for name in ("joint_exit", "multiplex")]
+    return [
+        pytest.param(
+            {**sections[one], **sections[other]},
+            marks=pytest.mark.refuses(one, other),
+            id=f"{one}-{other}",
+        )
+        for one, other in [*pairs, ("cloud", "early_exit")]
+    ]
+
+
+@pytest.mark.parametrize("together", alone_or_together())
+def test_techniques_that_exclude_each_other(together):
+    with pytest.raises(ConfigError, match="not supported together"):
+        parse_efficiency(together).validate_for(12)
 
 
 def test_a_classifier_of_one_label_is_refused(tmp_path):
@@ -327,6 +478,7 @@ def merging(tmp_path_factory):
     return folder / "merging"
 
 
+@pytest.mark.refuses("multiplex")
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -336,6 +488,8 @@ def merging(tmp_path_factory):
         ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls.*`multiplex`"),
         ({"pooler_config": {"task": "token_classify"}}, "'token_classify'.*`multiplex`"),
         ({"speculative_config": NGRAM}, "--speculative-config.*classifier"),
+        ({"speculative_config": VERIFY}, "--speculative-config.*no exits"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds.*`multiplex`"),
         (
             {"hf_overrides": {"efficiency": {"multiplex": {"depth": 12, "sizes": [2]}}}},
             "multiplex: depth 12 leaves none of the model's 12 layers",
@@ -364,6 +518,8 @@ def test_verified_exits_on_runner_v2_are_refused(tiny, monkeypatch):
         build(tiny(), efficiency=EXITS, speculative_config=VERIFY)
 
 
+@pytest.mark.refuses("early_exit", "V1 on CUDA")
+@pytest.mark.refuses("early_exit", "V2 on CUDA")
 def test_exits_on_gpus_are_refused_unless_asked_for(tiny, monkeypatch):
     vllm_config = build(tiny(), efficiency=EXITS)
     monkeypatch.setattr(current_platform, "device_type", "cuda")
@@ -383,6 +539,7 @@ def test_exits_on_gpus_are_refused_unless_asked_for(tiny, monkeypatch):
         EfficiencyAdmission.verify_and_update_config(vllm_config)
 
 
+@pytest.mark.refuses("joint_exit", "V1 on CUDA")
 def test_classifiers_with_exits_run_on_gpus_with_runner_v2(classifier, monkeypatch):
     vllm_config = build(classifier(), hf_overrides={"vocab_size": 256}, max_model_len=256)
     monkeypatch.setattr(current_platform, "device_type", "cuda")

@@ -39,6 +39,7 @@ EXITS = [
 """Behind the first group, and between the others."""
 
 
+@pytest.mark.works("layer_parallel", "early_exit")
 @pytest.mark.parametrize(
     ("family", "schedule"),
     [
@@ -128,6 +129,7 @@ def run_cloud(folder: Path, schedule: dict[str, Any], options: dict[str, Any]) -
     asyncio.run(main())
 
 
+@pytest.mark.works("layer_parallel", "cloud")
 @pytest.mark.parametrize(
     ("schedule", "options"),
     [({"bypass": 1}, {"max_num_batched_tokens": 32}), ({"schedule": "fused"}, {})],
@@ -139,6 +141,7 @@ def test_a_cloud_with_groups(tmp_path, monkeypatch, schedule, options):
     isolated(run_cloud, tmp_path, schedule, options)
 
 
+@pytest.mark.works("layer_parallel", "edge")
 @pytest.mark.parametrize("schedule", [{"bypass": 1}, {"schedule": "fused"}], ids=str)
 def test_an_edge_with_groups(tmp_path, monkeypatch, schedule):
     """What it sends up is the state behind its groups; tokens that wait run them, too."""

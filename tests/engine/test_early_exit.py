@@ -242,6 +242,7 @@ class Replay:
         return fired, agreed
 
 
+@pytest.mark.works("early_exit", "V1 on CPU", "chunked prefill", "preemption", "prefix caching")
 @pytest.mark.parametrize(
     ("family", "exits", "policy"),
     [
@@ -352,6 +353,7 @@ def ask(llm: Any, requests: list[list[int]], *asked: dict[str, Any], **fields: A
     return llm.generate([{"prompt_token_ids": ids} for ids in requests], params, use_tqdm=False)
 
 
+@pytest.mark.works("early_exit", "tensor parallelism")
 @pytest.mark.parametrize(
     ("exits", "policy", "compaction"),
     [
@@ -419,11 +421,29 @@ def test_blocks_that_are_shared_are_whole(tiny, policy):
     assert (expected - logits).abs().max() <= TOLERANCE
 
 
-def test_several_samples_of_one_prompt(tiny):
+PARALLEL = pytest.param(
+    {"layer_parallel": {"groups": [[1, 2], [4, 5, 6, 7]], "bypass": 1}},
+    marks=pytest.mark.works(
+        "layer_parallel",
+        "temperature, seeds, `n`",
+        "penalties, biases, allowed tokens",
+        "logprobs",
+        "prompt logprobs",
+    ),
+    id="groups",
+)
+"""Beside exits at depths 3, 4 and 8."""
+ALONE_OR_PARALLEL = pytest.mark.parametrize("sections", [pytest.param({}, id="alone"), PARALLEL])
+
+
+@pytest.mark.works("early_exit", "temperature, seeds, `n`", "logprobs")
+@ALONE_OR_PARALLEL
+def test_several_samples_of_one_prompt(tiny, sections):
     """They share the prompt's blocks and leave at exits of their own."""
     block = {"exits": SOME, "cache": "recompute"}
-    replay = Replay(tiny(), block)
-    with exiting(tiny(), block=block, num_gpu_blocks_override=200) as (llm, _):
+    replay = Replay(tiny(), block, **sections)
+    options = {"sections": sections, "num_gpu_blocks_override": 200}
+    with exiting(tiny(), block=block, **options) as (llm, _):
         fields = {"n": 3, "temperature": 1.0, "logprobs": -1}
         results = ask(llm, prompts()[:4], *[{}] * 4, **fields)
     for prompt, result in zip(prompts(), results, strict=False):
@@ -434,13 +454,16 @@ def test_several_samples_of_one_prompt(tiny):
             assert replay.difference(prompt, tokens, step_logits(sample), decided) <= TOLERANCE
 
 
-def test_sampling_features_see_the_exits_logits(tiny):
+@pytest.mark.works("early_exit", "penalties, biases, allowed tokens", "prompt logprobs")
+@ALONE_OR_PARALLEL
+def test_sampling_features_see_the_exits_logits(tiny, sections):
     """Penalties, biases and allowed tokens; and the logits of prompts are the full model's."""
     block = {"exits": ALL, "cache": "recompute"}
-    replay = Replay(tiny(), block)
+    replay = Replay(tiny(), block, **sections)
     prompt = prompts()[3]
     allowed = list(range(10, 60))
-    with exiting(tiny(), block=block, num_gpu_blocks_override=200) as (llm, trace):
+    options = {"sections": sections, "num_gpu_blocks_override": 200}
+    with exiting(tiny(), block=block, **options) as (llm, trace):
         [penalised] = ask(llm, [prompt], {}, repetition_penalty=1.5, logprobs=-1)
         [biased] = ask(llm, [prompt], {}, logit_bias={77: 100.0})
         [few] = ask(llm, [prompt], {}, allowed_token_ids=allowed)
@@ -473,6 +496,7 @@ def test_callers_decide(tiny):
     assert fired == [{-1, 0, 1}, {-1}, {-1, 0}, {-1, 1}]
 
 
+@pytest.mark.works("early_exit", "speculation (verified exits)")
 @on_cpu
 @pytest.mark.parametrize("gate", ["softmax", "rate"])
 def test_verified_exits_are_the_full_model(tiny, gate):
@@ -715,6 +739,7 @@ def check_compiled(folder: Path, family: str, exits: list[dict[str, Any]], **opt
             assert replay.difference(prompt, tokens, logits, happened) <= TOLERANCE
 
 
+@pytest.mark.works("early_exit", "compiled")
 def test_compiled(tmp_path):
     first = {"depth": 2, "gate": "linear", "adapter": "block", "threshold": 0.5}
     second = {"depth": 4, "gate": "mlp", "adapter": "linear", "threshold": 0.5}

@@ -214,6 +214,8 @@ SMALL = {
 """Prompts in chunks, and room for so few that requests are preempted."""
 
 
+@pytest.mark.works("edge", "early_exit")
+@pytest.mark.works("edge", "V1 on CPU", "Llama", "chunked prefill", "preemption")
 @pytest.mark.parametrize("options", [{}, SMALL], ids=["roomy", "small"])
 def test_every_token_from_the_cloud_is_the_whole_models(parts, tmp_path, monkeypatch, options):
     exits = rates(0.6, 0.5)
@@ -332,6 +334,7 @@ def test_requests_that_never_ask_wait_for_nobody(parts, tmp_path, monkeypatch):
         assert sorted(name.partition("-")[0] for name in finished) == ["a", "b", "c", "d"]
 
 
+@pytest.mark.works("edge", "temperature, seeds, `n`")
 def test_the_cloud_draws_as_the_request_says(parts, tmp_path, monkeypatch):
     from vllm import SamplingParams
 
@@ -356,6 +359,8 @@ def test_the_cloud_draws_as_the_request_says(parts, tmp_path, monkeypatch):
         assert len(seeds) == 2 * TOKENS  # one seed for all would draw alike at each position
 
 
+@pytest.mark.refuses("edge", "penalties, biases, allowed tokens")
+@pytest.mark.refuses("edge", "logprobs")
 def test_what_the_cloud_cannot_heed_is_refused(parts, tmp_path, monkeypatch):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError

@@ -134,6 +134,10 @@ async def everything(service: CloudService, whole: Whole) -> None:
     await crowded(service, whole)
 
 
+@pytest.mark.works(
+    "cloud", "V1 on CPU", "chunked prefill", "async scheduling", "tensor parallelism"
+)
+@pytest.mark.works("cloud", "temperature, seeds, `n`")
 @pytest.mark.parametrize(
     ("family", "talk", "options"),
     [

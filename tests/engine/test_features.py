@@ -38,6 +38,7 @@ def speculated(model, speculative: dict | None) -> tuple[list[list[int]], float]
     return [list(output.outputs[0].token_ids) for output in outputs], accepted
 
 
+@pytest.mark.works("layer_parallel", "speculation (ngram)")
 def test_ngram_speculation_gives_the_same_tokens(tiny):
     settings = {
         "method": "ngram",
@@ -50,6 +51,7 @@ def test_ngram_speculation_gives_the_same_tokens(tiny):
     assert (tokens, 0) == speculated(tiny(), None)
 
 
+@pytest.mark.works("layer_parallel", "compiled", "tensor parallelism")
 def test_compiled_on_two_ranks(tmp_path):
     """Each rank compiles its own member's graph; both must make the same collective calls."""
     model = make_checkpoint(tmp_path, num_hidden_layers=6)
@@ -78,6 +80,7 @@ def test_bf16_differs_by_its_rounding_only(tiny):
     assert noise[True] <= 2 * noise[False]
 
 
+@pytest.mark.works("layer_parallel", "V2 on CUDA")
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
 @pytest.mark.parametrize("schedule", [{"bypass": 1}, {"schedule": "fused"}])

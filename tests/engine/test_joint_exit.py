@@ -104,6 +104,7 @@ def serving(base: Path, folder: Path, block: dict[str, Any], **options: Any) -> 
         yield llm
 
 
+@pytest.mark.works("joint_exit", "V1 on CPU")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_in_pytorch(classifier, tmp_path, family):
     """Mixed lengths in one batch; each answer, and where it came from."""
@@ -177,6 +178,7 @@ def test_a_text_that_overflows_harms_no_other(classifier, tmp_path):
         assert sum(counted["sequences"]) == len(found)
 
 
+@pytest.mark.works("joint_exit", "compiled")
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
 def test_compiled(classifier, tmp_path, family):
     """As users run it; the other tests are eager."""
@@ -195,6 +197,7 @@ def model_of(llm: Any) -> Any:
     return worker.model_runner.get_model()
 
 
+@pytest.mark.works("joint_exit", "V2 on CUDA")
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
@@ -208,6 +211,7 @@ def test_cuda_graphs(classifier, tmp_path, family):
         assert inputs.captured
 
 
+@pytest.mark.works("joint_exit", "chunked prefill")
 def test_chunked_prefill(classifier, tmp_path):
     """A sequence leaves in the step that holds its last token, whatever ran of it before."""
     base, ids = classifier("Llama"), prompts(16, 200)
@@ -217,6 +221,7 @@ def test_chunked_prefill(classifier, tmp_path):
         compare(classify(llm, ids), [plain(each) for each in ids])
 
 
+@pytest.mark.works("joint_exit", "preemption")
 def test_preempted_prompts(classifier, tmp_path):
     """Chunks whose cache was taken away run again."""
     base, ids = classifier("Llama"), prompts(24, 240)
@@ -235,6 +240,7 @@ def test_preempted_prompts(classifier, tmp_path):
         assert counters(llm)["vllm:num_preemptions"] > 0, "the KV cache was not small enough"
 
 
+@pytest.mark.works("joint_exit", "prefix caching")
 def test_prefix_cache_has_no_entries_of_those_that_left(classifier, tmp_path):
     """What left has no entries behind its exit; a later request must not find them."""
     base = classifier("Llama")
@@ -253,6 +259,7 @@ def test_prefix_cache_has_no_entries_of_those_that_left(classifier, tmp_path):
         assert counters(llm)["vllm:prefix_cache_hits"] >= 64 * (len(ids) - 1)
 
 
+@pytest.mark.works("joint_exit", "tensor parallelism")
 def test_two_ranks(classifier, tmp_path):
     base, ids = classifier("Llama"), prompts()
     plain = reference(base, JOINT)

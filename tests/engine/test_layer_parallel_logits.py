@@ -123,11 +123,14 @@ def check(checkpoint, family: str, layer_parallel: dict | None, tp: int = 1, **o
     assert largest_difference(checkpoint, layer_parallel, again, prompts()) <= TOLERANCE
 
 
+@pytest.mark.works("layer_parallel", "V1 on CPU", "chunked prefill", "preemption")
+@pytest.mark.works("layer_parallel", "prefix caching", "logprobs")
 @pytest.mark.parametrize(("family", "layer_parallel"), ONE_RANK)
 def test_one_rank(tiny, family, layer_parallel):
     check(tiny(family), family, layer_parallel)
 
 
+@pytest.mark.works("layer_parallel", "tensor parallelism")
 @pytest.mark.parametrize(("family", "layer_parallel"), TWO_RANKS)
 def test_two_ranks(tiny, family, layer_parallel):
     check(tiny(family), family, layer_parallel, tp=2)

@@ -44,6 +44,7 @@ def test_without_leaving_it_is_the_stock_model(tiny):
         assert_identical(stock, ours)
 
 
+@pytest.mark.works("early_exit", "Mamba-2", "V1 on CPU")
 @pytest.mark.parametrize(
     ("exits", "policy"),
     [*((SOME, policy) for policy in STATE_POLICIES), (SOFTMAX, "recompute")],

@@ -110,6 +110,7 @@ def block(depth: int = 4, sizes: Sequence[int] = (2,), **changes: Any) -> dict[s
     return {"multiplex": {"depth": depth, "sizes": list(sizes), **changes}}
 
 
+@pytest.mark.works("multiplex", "V1 on CPU")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_in_pytorch(classifier, tmp_path, family):
     """Mixed lengths in one step, merged and alone."""
@@ -148,6 +149,7 @@ def test_depths_and_sizes(classifier, tmp_path, family, depth, sizes):
         compare(classify(llm, ids), expected(reference(base, depth, sizes), ids, sizes))
 
 
+@pytest.mark.works("multiplex", "compiled")
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
 def test_compiled(classifier, tmp_path, family):
     """As users run it; the other tests are eager."""
@@ -188,6 +190,7 @@ def test_who_merges_with_whom(classifier, tmp_path):
         compare(classify(llm, ids, own), expected(plain, ids, (2,)))
 
 
+@pytest.mark.works("multiplex", "joint_exit")
 @pytest.mark.parametrize(("family", "depth"), [("Llama", 9), ("Llama", 10), ("Bert", 9)])
 def test_exits_before_merging(classifier, tmp_path, family, depth):
     """The confident leave, the others merge; the last exit may be where they do."""
@@ -207,12 +210,14 @@ def test_exits_before_merging(classifier, tmp_path, family, depth):
         assert totals["merged"][0] == sum(size == 2 for _, size in merged)
 
 
+@pytest.mark.works("multiplex", "tensor parallelism")
 def test_two_ranks(classifier, tmp_path):
     base, ids = classifier("Llama"), prompts()
     with serving(base, tmp_path / "mux", block(), tp=2) as llm:
         compare(classify(llm, ids), expected(reference(base, 4, (2,)), ids, (2,)))
 
 
+@pytest.mark.works("multiplex", "chunked prefill", "async scheduling", "prefix caching")
 @pytest.mark.parametrize(
     "options",
     [

@@ -26,7 +26,7 @@ EXITS = [
     "test_blocks_in_mixed_batches[Llama-recompute]",
     "test_trained_exits[mlp-block-auto]",
     "test_exact_requests_never_see_approximate_entries[propagate]",
-    "test_several_samples_of_one_prompt",
+    "test_several_samples_of_one_prompt[alone]",
     "test_callers_decide",
     "test_shadow_mode_counts_and_changes_nothing[recompute]",
     "test_a_bad_request_harms_no_other",
@@ -62,6 +62,10 @@ MERGING = [
 ]
 
 
+@pytest.mark.works("layer_parallel", "V2 on CPU (Triton's interpreter)")
+@pytest.mark.works("early_exit", "V2 on CPU (Triton's interpreter)")
+@pytest.mark.works("joint_exit", "V2 on CPU (Triton's interpreter)")
+@pytest.mark.works("multiplex", "V2 on CPU (Triton's interpreter)")
 @pytest.mark.parametrize(
     "tests",
     [
