@@ -1,12 +1,15 @@
-"""The built wheel, installed beside an existing vLLM, is found by vLLM's plugin loader."""
+"""The built wheel and source archive, installed beside an existing vLLM, are found by it."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,14 +49,24 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: setuptools would pick up a stale `build` folder here."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive, of a copy: setuptools would pick up a stale `build` folder here."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("archive")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "vllm_effplugin", source / "vllm_effplugin")
+    build = f"import setuptools.build_meta as b; b.build_sdist({str(out)!r})"
+    run(sys.executable, "-c", build, cwd=source)
+    [built] = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, of the source archive alone."""
+    out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
-    run(*pip, "--wheel-dir", out, source, cwd=out)
+    run(*pip, "--wheel-dir", out, archive, cwd=out)
     [built] = out.iterdir()
     return built
 
@@ -73,6 +86,24 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [site] = folder.glob("lib/python*/site-packages")
     (site / "vllm-from-outside.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
+
+
+def test_the_archive_is_complete_and_clean(archive: Path, wheel: Path) -> None:
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "vllm_effplugin/py.typed"} <= names
+    kept = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("vllm_effplugin/**/*.py")}
+    assert kept <= names
+    assert not [name for name in names if "__pycache__" in name]
+    assert wheel.name.split("-")[1] == archive.name.removesuffix(".tar.gz").split("-")[1]
+
+
+def test_the_changelog_has_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    headings = re.findall(
+        r"^## (\S+) \(\d{4}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert headings[0] == project["version"]
 
 
 def test_registers_itself(environment: Path) -> None:

