@@ -171,7 +171,7 @@ class TotalsCollector(Collector):
             "Layers that follow one another, where parallel ones count as one.",
             labels=["model_name"],
         )
-        for model in self._models.values():
+        for model in dict.fromkeys(self._models.values()):  # several engines may serve one
             info.add_metric([model.name, ",".join(model.techniques), __version__], 1)
             layers.add_metric([model.name], model.layers)
             depth.add_metric([model.name], model.depth)
