@@ -223,7 +223,6 @@ def test_callers_choose_how_to_exit(smollm2, tmp_path):
             assert answer.status_code == 200, answer.text
             return answer.json()["choices"][0]["text"]
 
-        check_forms(client)
         full = text(exit="false")
         assert text(exit="verify") == full
         early = text()
@@ -234,6 +233,7 @@ def test_callers_choose_how_to_exit(smollm2, tmp_path):
             assert next(iter(wishes)) in refused.text
         assert text() == early
         totals = shown(client)
+        check_forms(client)
     labels = 'engine="0",model_name="demo"'
     check(totals, "exit")
     fired = totals[f'effplugin_exit_tokens_total{{depth="24",{labels}}}']
