@@ -45,6 +45,7 @@ GROUPS = {
         "pipeline parallelism",
         "context parallelism",
         "executor `ray`",
+        "replicas on Ray Serve",
     ),
     "engine": (
         "compiled",

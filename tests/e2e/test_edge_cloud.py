@@ -35,14 +35,20 @@ def origins(answer: httpx.Response) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
-def test_two_servers_give_the_whole_models_text(tmp_path, monkeypatch):
-    whole = make_checkpoint(tmp_path / "whole")
+def split(folder: Path) -> tuple[Path, Path]:
+    """A model and its cloud; beside them, in `lower`, the layers that an edge needs."""
+    whole = make_checkpoint(folder / "whole")
     add_tokenizer(whole)
-    (tmp_path / "lower").mkdir()
-    write_layers(whole, tmp_path / "lower", 0, PARTITION)
+    (folder / "lower").mkdir()
+    write_layers(whole, folder / "lower", 0, PARTITION)
     config = CloudConfig(role="cloud", model="tiny", partition=PARTITION)
-    cloud, efficiency = tmp_path / "cloud", EfficiencyConfig(edge_cloud=config)
-    write_part(whole, cloud, PARTITION, LAYERS, efficiency, work=tmp_path, provenance={})
+    cloud, efficiency = folder / "cloud", EfficiencyConfig(edge_cloud=config)
+    write_part(whole, cloud, PARTITION, LAYERS, efficiency, work=folder, provenance={})
+    return whole, cloud
+
+
+def test_two_servers_give_the_whole_models_text(tmp_path, monkeypatch):
+    whole, cloud = split(tmp_path)
     for name in ("of-cloud", "of-edge", "again"):
         (tmp_path / name).mkdir()
     port, key = free_port(), {"Authorization": "Bearer secret"}

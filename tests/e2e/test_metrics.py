@@ -25,10 +25,8 @@ PROCESSES = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half of its layers run, whoever asks."""
-    folder = tmp_path_factory.mktemp("exits")
+def make_exits(folder: Path) -> Path:
+    """A checkpoint of which half of the layers run, whoever asks."""
     base = make_checkpoint(folder / "base")
     add_tokenizer(base)
     exits = [{"depth": DEPTH, "gate": "softmax", "threshold": 0.0}]
@@ -37,6 +35,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_checkpoint(base, folder / "exits", efficiency, provenance={})
     return folder / "exits"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_exits(tmp_path_factory.mktemp("exits"))
 
 
 @pytest.mark.works("early_exit", "data parallelism, several API servers", "tensor parallelism")

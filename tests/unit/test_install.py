@@ -89,7 +89,7 @@ def test_auto_is_what_is_found(
 
 
 def test_extras_include_others(install: ModuleType) -> None:
-    assert install.resolve_extras(["test"]) == {"demo", "test", "train"}
+    assert install.resolve_extras(["test"]) == {"demo", "serve", "test", "train"}
 
 
 @pytest.mark.parametrize(

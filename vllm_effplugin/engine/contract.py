@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _CPU_WORKER = "vllm.v1.worker.cpu_worker"
+_LAUNCHERS = "vllm.entrypoints.launchers"
 
 
 @dataclass(frozen=True)
@@ -608,6 +609,41 @@ CONTRACT: tuple[Interface, ...] = (
         "ModelRunnerOutput",
         "tokens from elsewhere",
         ("req_ids", "req_id_to_index", "sampled_token_ids"),
+    ),
+    *(
+        Interface(module, attribute, "vLLM's routes under Ray Serve", names)
+        for module, attribute, names in (
+            (f"{_LAUNCHERS}.app", "build_app", ("args", "supported_tasks", "model_config")),
+            (
+                f"{_LAUNCHERS}.api_server.app_state",
+                "init_app_state",
+                ("engine_client", "state", "args", "supported_tasks"),
+            ),
+            (f"{_LAUNCHERS}.cli_args", "make_arg_parser", ("parser",)),
+            (f"{_LAUNCHERS}.cli_args", "validate_parsed_serve_args", ("args",)),
+            (f"{_LAUNCHERS}.launcher", "watchdog_loop", ("server", "engine")),
+            ("vllm.entrypoints.serve.utils.api_utils", "cli_env_setup", ()),
+            ("vllm.utils.argparse_utils", "FlexibleArgumentParser.error", ("message",)),
+            ("vllm.engine.arg_utils", "AsyncEngineArgs.from_cli_args", ("args",)),
+            ("vllm.engine.arg_utils", "AsyncEngineArgs.create_engine_config", ("usage_context",)),
+            (
+                "vllm.v1.engine.async_llm",
+                "AsyncLLM.from_vllm_config",
+                ("vllm_config", "usage_context", "stat_loggers", "disable_log_stats"),
+            ),
+            ("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", ()),
+            ("vllm.v1.engine.async_llm", "AsyncLLM.check_health", ()),
+            ("vllm.usage.usage_lib", "UsageContext.OPENAI_API_SERVER", ()),
+        )
+    ),
+    Interface("vllm.v1.metrics.loggers", "StatLoggerFactory", "metrics under Ray Serve"),
+    *(
+        Interface("vllm.v1.metrics.ray_wrappers", name, "metrics under Ray Serve", names)
+        for name, names in (
+            ("RayPrometheusStatLogger", ()),
+            ("RayCounterWrapper.__init__", ("name", "documentation", "labelnames")),
+            ("RayGaugeWrapper.__init__", ("name", "documentation", "labelnames")),
+        )
     ),
     Interface("vllm.renderers", "BaseRenderer", "requests with options"),
     Interface("vllm", "PoolingRequestOutput", "answers with options", ("outputs",)),

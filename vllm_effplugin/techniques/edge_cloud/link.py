@@ -39,7 +39,7 @@ from vllm_effplugin.techniques.edge_cloud.wire import (
 logger = logging.getLogger(__name__)
 
 PATH = "/v1/edge_cloud"
-EDGE_HEADER = "X-Effplugin-Edge"
+SESSION_HEADER = "X-Session-ID"
 """The same for all that one edge says: what a router before several clouds has to go by."""
 
 PROBE_S = 0.25
@@ -246,7 +246,7 @@ class Link:
             self._loop.close()
 
     async def _talk_on(self) -> None:
-        headers = {EDGE_HEADER: secrets.token_hex(8)}
+        headers = {SESSION_HEADER: secrets.token_hex(8)}
         if self.settings.key:
             headers["Authorization"] = f"Bearer {self.settings.key}"
         limits = httpx.Limits(

@@ -1,0 +1,1 @@
+"""Prepared checkpoints on more than one machine."""

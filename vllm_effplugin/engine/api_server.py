@@ -1,0 +1,99 @@
+"""The application behind `vllm serve`, for a web server other than vLLM's own."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import NoReturn
+
+from fastapi import FastAPI
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import watchdog_loop
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerFactory
+
+from vllm_effplugin.errors import ConfigError
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"vllm serve: {message}")
+
+
+class _Server:
+    """Stands where vLLM expects the web server, which it tells to end when its engine is dead."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._end: Callable[[], None] | None = end
+
+    @property
+    def should_exit(self) -> bool:
+        return self._end is None
+
+    @should_exit.setter
+    def should_exit(self, value: bool) -> None:
+        if value and self._end is not None:
+            end, self._end = self._end, None
+            end()
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """What follows `vllm serve` on a command line.
+
+    Raises:
+        ConfigError: when vLLM does not take it.
+    """
+    cli_env_setup()
+    found = make_arg_parser(_Parser()).parse_args(list(arguments))
+    found.model = found.model_tag or found.model
+    try:
+        validate_parsed_serve_args(found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vllm serve: {error}") from None
+    return found
+
+
+@asynccontextmanager
+async def application(
+    arguments: Namespace,
+    end: Callable[[], None],
+    stat_loggers: list[StatLoggerFactory] | None = None,
+) -> AsyncIterator[FastAPI]:
+    """vLLM's engine and all of its routes; the engine is at `state.engine_client`.
+
+    Args:
+        arguments: as `parse` gives them.
+        end: called once, when the engine is dead: what is asked from then on fails.
+        stat_loggers: those of vLLM's statistics in place of the ones for `/metrics`.
+    """
+    options = AsyncEngineArgs.from_cli_args(arguments)
+    config = options.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    engine = AsyncLLM.from_vllm_config(
+        vllm_config=config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=stat_loggers,
+        enable_log_requests=options.enable_log_requests,
+        disable_log_stats=options.disable_log_stats,
+    )
+    try:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(arguments, tasks, config.model_config)
+        await init_app_state(engine, app.state, arguments, tasks)
+        app.state.server = _Server(end)
+        watchdog = asyncio.create_task(watchdog_loop(app.state.server, engine))
+        try:
+            yield app
+        finally:
+            watchdog.cancel()
+    finally:
+        engine.shutdown()
