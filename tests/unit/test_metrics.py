@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,23 @@ def test_another_process_reads_what_is_published(tmp_path: Path) -> None:
     assert seen.numbers("exits") == [0, 4]
     assert path.stat().st_mode & 0o777 == 0o600
     assert publish(path, exit_totals(2))["decoded"] == 0, "a new engine starts from nothing"
+
+
+def test_files_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of living ones, of others and of new processes stay."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    living, killed, new = (counters_path(name, 0) for name in ("living", "killed", "new"))
+    totals = publish(living, exit_totals(2))
+    other = tmp_path / "vllm-effplugin-999999-any-0-worker.counters"
+    for path in (killed, new, other):
+        path.write_bytes(bytes(8))
+    for path in (living, killed, other):
+        os.utime(path, (0, 0))
+    publish(tmp_path / "any", exit_totals(2))
+    assert [path.exists() for path in (living, killed, new, other)] == [True, False, True, True]
+    del totals
+    publish(tmp_path / "any", exit_totals(2))
+    assert not living.exists()
 
 
 def test_totals_of_another_engine_are_not_read(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,19 +98,42 @@ def counters_path(instance: str, replica: int, part: str = "worker") -> Path:
     folder = shared_by_api_servers()
     if folder is not None:  # of one server, each of whose processes has another `instance`
         return folder / f"effplugin-{replica}-{part}.counters"
-    name = f"vllm-effplugin-{os.getuid()}-{instance}-{replica}-{part}.counters"
+    name = f"{_mine()}{instance}-{replica}-{part}.counters"
     return Path(tempfile.gettempdir()) / name
+
+
+def _mine() -> str:
+    """What the names of this user's files begin with."""
+    return f"vllm-effplugin-{os.getuid()}-"
 
 
 def publish(path: Path, layout: Layout) -> Counters:
     """New totals that other processes of this user can read at `path`, until this one ends."""
+    _remove_orphans(path.parent)
     path.unlink(missing_ok=True)
     # Exclusive: nobody else may have put a link where the file is going to be.
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    os.ftruncate(handle, layout.size * np.dtype(np.int64).itemsize)
-    os.close(handle)
+    with os.fdopen(handle, "r+b") as file:
+        # For as long as the map, which keeps the file open.
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        os.ftruncate(handle, layout.size * np.dtype(np.int64).itemsize)
+        values = np.memmap(file, dtype=np.int64, mode="r+")
     # A plain view: every access to a `memmap` itself takes a detour through Python.
-    return Counters(layout, np.memmap(path, dtype=np.int64, mode="r+").view(np.ndarray))
+    return Counters(layout, values.view(np.ndarray))
+
+
+def _remove_orphans(folder: Path, age_s: float = 60.0) -> None:
+    """Files of processes of this user that were killed."""
+    for path in folder.glob(f"{_mine()}*.counters"):
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                # One that was just made may not be locked yet.
+                if time.time() - os.fstat(handle).st_mtime > age_s:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def publish_for(
