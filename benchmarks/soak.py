@@ -91,6 +91,8 @@ class Stage:
         servers: the first one is asked.
         traffic: draws a request.
         lone: requests whose answers are compared.
+        stock: the model whose answers they have to get; without, they get what they got at first.
+        asked: what that is asked for them, where it is something else.
         expected: their answers' essences.
         clients: that ask at the same time.
         still: a server that stands still for a while.
@@ -100,6 +102,8 @@ class Stage:
     servers: list[Server]
     traffic: Callable[[random.Random], Ask]
     lone: list[Ask]
+    stock: Server | None = None
+    asked: list[Ask] | None = None
     expected: list[Any] = field(default_factory=list)
     clients: int = 6
     still: Server | None = None
@@ -295,32 +299,39 @@ class Soak:
 
 def server(name: str, model: Path, core: int, *options: str, **more: Any) -> Server:
     """One that computes in fp32."""
-    return Server(name, model, core, served=name, options=("--dtype", "float32", *options), **more)
+    options = ("--dtype", "float32", *options)
+    return Server(name, model, core, options=options, **{"served": name, **more})
 
 
-def build(name: str, smollm2: Path) -> tuple[Stage, Server | None]:
-    """A stage, and the stock model whose answers lone requests have to get."""
+def build(name: str, smollm2: Path) -> Stage:
+    """A stage."""
     first, *_, last = sorted(os.sched_getaffinity(0))
     if name == "exits":
         verify = ("--speculative-config", json.dumps(VERIFY))
-        serves = server("exits", build_exits(smollm2), last, *LANGUAGE, *verify)
-        lone = lone_language(name, {"exit": False})
-        stage = Stage(name, [serves], lambda chance: language(chance, name), lone)
-        return stage, server("exits", smollm2, last, *LANGUAGE)
+        return Stage(
+            name,
+            [server(name, build_exits(smollm2), last, *LANGUAGE, *verify)],
+            lambda chance: language(chance, name),
+            lone_language(name, {"exit": False}),
+            server("stock", smollm2, last, *LANGUAGE, served=name),
+        )
     if name == "classifier":
-        serves = server(name, build_merging(smollm2), last, *CLASSIFIER)
-        lone = lone_classification(name, stock=False)
-        stage = Stage(name, [serves], lambda chance: classification(chance, name, LAYERS), lone)
-        return stage, server(name, build_untrained(smollm2), last, *CLASSIFIER)
+        return Stage(
+            name,
+            [server(name, build_merging(smollm2), last, *CLASSIFIER)],
+            lambda chance: classification(chance, name, LAYERS),
+            lone_classification(name, stock=False),
+            server("stock", build_untrained(smollm2), last, *CLASSIFIER, served=name),
+            lone_classification(name, stock=True),
+        )
     edge, cloud = build_parts(smollm2, idle_s=FORGET_S / 3, forget_s=FORGET_S)
-    upper = server(
-        "cloud", cloud, last, *LANGUAGE, environment={"VLLM_PLUGINS": "effplugin"}, ready=PATH
-    )
-    lower = server("edge", edge, first, *LANGUAGE, environment={CLOUD_URL: upper.url})
-    lone = lone_language("edge", {"cloud_mode": "standalone"})
-    lone += lone_language("edge", {"cloud_mode": "cloud"}, logprobs=False)
-    traffic = lambda chance: language(chance, "edge", edge=True)  # noqa: E731
-    return Stage("edge", [lower, upper], traffic, lone, still=upper), None
+    routes = {"VLLM_PLUGINS": "effplugin"}
+    upper = server("cloud", cloud, last, *LANGUAGE, environment=routes, ready=PATH)
+    lower = server(name, edge, first, *LANGUAGE, environment={CLOUD_URL: upper.url})
+    lone = lone_language(name, {"cloud_mode": "standalone"})
+    lone += lone_language(name, {"cloud_mode": "cloud"}, logprobs=False)
+    draw = lambda chance: language(chance, name, edge=True)  # noqa: E731
+    return Stage(name, [lower, upper], draw, lone, still=upper)
 
 
 async def started(servers: Sequence[Server]) -> None:
@@ -350,16 +361,12 @@ async def soak(names: Sequence[str], seconds: float, model: Path) -> dict[str, S
     whole = sum(STAGES[name] for name in names)
     with tqdm(total=round(seconds), unit="s") as bar:
         for name in names:
-            stage, stock = build(name, model)
+            stage = build(name, model)
             bar.set_description(f"{name}: starting")
             try:
-                if stock is not None:
-                    lone = (
-                        lone_classification(name, stock=True)
-                        if name == "classifier"
-                        else stage.lone
-                    )
-                    stage.expected = await stock_answers(stock, lone)
+                if stage.stock is not None:
+                    asked = stage.asked or stage.lone
+                    stage.expected = await stock_answers(stage.stock, asked)
                 await started(stage.servers)
                 bar.set_description(name)
                 found[name] = Soak(stage, seconds * STAGES[name] / whole, bar)
