@@ -313,7 +313,7 @@ def build(name: str, smollm2: Path) -> Stage:
             [server(name, build_exits(smollm2), last, *LANGUAGE, *verify)],
             lambda chance: language(chance, name),
             lone_language(name, {"exit": False}),
-            server("stock", smollm2, last, *LANGUAGE, served=name),
+            server("stock", smollm2, first, *LANGUAGE, served=name),
         )
     if name == "classifier":
         return Stage(
@@ -321,7 +321,7 @@ def build(name: str, smollm2: Path) -> Stage:
             [server(name, build_merging(smollm2), last, *CLASSIFIER)],
             lambda chance: classification(chance, name, LAYERS),
             lone_classification(name, stock=False),
-            server("stock", build_untrained(smollm2), last, *CLASSIFIER, served=name),
+            server("stock", build_untrained(smollm2), first, *CLASSIFIER, served=name),
             lone_classification(name, stock=True),
         )
     edge, cloud = build_parts(smollm2, idle_s=FORGET_S / 3, forget_s=FORGET_S)
@@ -334,25 +334,14 @@ def build(name: str, smollm2: Path) -> Stage:
     return Stage(name, [lower, upper], draw, lone, still=upper)
 
 
-async def started(servers: Sequence[Server]) -> None:
-    """Start them, and wait."""
-    for each in servers:
-        each.start()
-    for each in servers:
-        await each.wait()
-
-
-async def stock_answers(stock: Server, lone: Sequence[Ask]) -> list[Any]:
-    """The essences of what the stock model says to lone requests."""
-    try:
-        await started([stock])
-        async with httpx.AsyncClient(base_url=stock.url, timeout=None) as client:
-            replies = [await send(client, salted(ask)) for ask in lone]
-        if wrong := [reply.text for reply in replies if reply.status != 200]:
-            sys.exit(f"the stock model does not answer: {wrong[0][:300]}")
-        return [essence(reply) for reply in replies]
-    finally:
-        stock.kill(signal.SIGTERM)
+async def stock_answers(stock: Server, asked: Sequence[Ask]) -> list[Any]:
+    """The essences of what a starting stock model says to lone requests."""
+    await stock.wait()
+    async with httpx.AsyncClient(base_url=stock.url, timeout=None) as client:
+        replies = [await send(client, salted(ask)) for ask in asked]
+    if wrong := [reply.text for reply in replies if reply.status != 200]:
+        sys.exit(f"the stock model does not answer: {wrong[0][:300]}")
+    return [essence(reply) for reply in replies]
 
 
 async def soak(names: Sequence[str], seconds: float, model: Path) -> dict[str, Soak]:
@@ -363,16 +352,21 @@ async def soak(names: Sequence[str], seconds: float, model: Path) -> dict[str, S
         for name in names:
             stage = build(name, model)
             bar.set_description(f"{name}: starting")
+            servers = [*stage.servers, *([stage.stock] if stage.stock else [])]
             try:
+                for each in servers:
+                    each.start()
                 if stage.stock is not None:
                     asked = stage.asked or stage.lone
                     stage.expected = await stock_answers(stage.stock, asked)
-                await started(stage.servers)
+                    stage.stock.kill(signal.SIGTERM)
+                for each in stage.servers:
+                    await each.wait()
                 bar.set_description(name)
                 found[name] = Soak(stage, seconds * STAGES[name] / whole, bar)
                 await found[name].run()
             finally:
-                for each in stage.servers:
+                for each in servers:
                     each.kill(signal.SIGTERM)
     return found
 

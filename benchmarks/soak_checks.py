@@ -55,8 +55,9 @@ def _refusal_problems(reply: Reply) -> list[str]:
     if reply.status is None or not 400 <= reply.status < 500:
         return [f"a bad request got HTTP {reply.status}"]
     said = reply.json()
-    error = said.get("error") if isinstance(said, dict) else None
-    message = error.get("message") if isinstance(error, dict) else None
+    if isinstance(said, dict):  # FastAPI's own are below `detail`
+        said = said.get("error", said.get("detail"))
+    message = said.get("message") if isinstance(said, dict) else said
     if not isinstance(message, str) or len(message) < FEWEST_CHARACTERS:
         return [f"a refusal without a sentence: {reply.text[:200]}"]
     return []

@@ -203,7 +203,7 @@ def language(chance: random.Random, model: str, *, edge: bool = False) -> Ask:
     else:
         choices = chance.choice((1, 1, 2, 3))
         body |= {"temperature": 0.8, "n": choices}
-        body |= chance.choice(({}, {"seed": chance.randrange(2**31)}, {"top_p": 0.9, "top_k": 20}))
+        body |= chance.choice(({}, {"top_p": 0.9}, {"top_p": 0.9, "top_k": 20}))
     if (not edge or alone) and chance.random() < 0.3:
         body |= {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
     exact = True

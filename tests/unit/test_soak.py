@@ -70,6 +70,7 @@ GOOD_STREAM = events([choice(1, 1, None)], [choice(0)], [choice(1, 2)])
         (STREAMED, GOOD_STREAM),
         (CLASSES, rows({}, {})),
         (REFUSED, Reply(400, '{"error": {"message": "this is not JSON at all"}}')),
+        (REFUSED, Reply(400, '{"detail": "There was an error parsing the body"}')),
         (replace(STREAMED, ends="left"), Reply(200, events=["{}"], left=True)),
         (replace(COMPLETION, ends="left"), Reply(left=True)),
         (replace(COMPLETION, ends="left"), answer()),
