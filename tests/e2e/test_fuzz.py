@@ -6,6 +6,7 @@ others is not ours to test.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -47,6 +48,8 @@ FP32 = ("--dtype", "float32")
 EXAMPLES = 60
 HIDDEN = 128
 SESSION = bytes(range(16))
+slow = pytest.mark.skipif("EFFPLUGIN_SLOW" not in os.environ, reason="EFFPLUGIN_SLOW")
+"""Every further server takes up to a minute."""
 MODES = list(schemathesis.GenerationMode)
 
 
@@ -124,16 +127,20 @@ def test_language_models(tmp_path: Path) -> None:
             "properties": ExitRequest.model_json_schema()["properties"],
             "minProperties": 1,
         }
-        for path in prompts:
 
-            def check(body: Any, path: str = path) -> None:
+        def checked(path: str) -> Callable[[Any], None]:
+            def check(body: Any) -> None:
                 if isinstance(body, dict) and "vllm_xargs" in body:
                     understood_or_refused(ask(path, vllm_xargs=body["vllm_xargs"]))
 
+            return check
+
+        for path in prompts:
             with unharmed(partial(answer, path)):
-                fuzz(bodies(client, path, only("vllm_xargs", xargs)), check)
+                fuzz(bodies(client, path, only("vllm_xargs", xargs)), checked(path))
 
 
+@slow
 def test_classifiers(tmp_path: Path) -> None:
     base = make_classifier(tmp_path / "base")
     add_tokenizer(base)
@@ -184,6 +191,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return draw(st.sampled_from((cut_out, resealed(bytes(head)), draw(st.binary(max_size=200)))))
 
 
+@slow
 def test_clouds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make_checkpoint(tmp_path / "whole")
     add_tokenizer(whole)

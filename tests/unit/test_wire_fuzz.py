@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import zlib
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
+from unittest import mock
 
 import numpy as np
-import pytest
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.test_edge_link import cloud
+from vllm_effplugin.techniques.edge_cloud import service
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
 from vllm_effplugin.techniques.edge_cloud.contexts import Limits
 from vllm_effplugin.techniques.edge_cloud.service import CloudService, Sampling
@@ -136,6 +139,14 @@ def test_no_more_is_kept_than_one_frame_may_have(
         pass
 
 
+def at_once() -> AbstractContextManager[Any]:
+    """Nobody waits for positions that do not come."""
+    return mock.patch.object(service, "MISSING_S", 0.0)
+
+
+CLIENT = TestClient(cloud(message_bytes=1000))
+
+
 class Engine:
     """Says 7 to whatever it is asked."""
 
@@ -180,26 +191,46 @@ told = st.one_of(
 @given(messages=st.lists(st.lists(told, max_size=8), max_size=6))
 def test_a_cloud_bears_any_order_of_frames(messages: list[list[Frame]]) -> None:
     """Each ASK gets one reply or a refusal with a known code, and closed sessions leave nothing."""
-    with pytest.MonkeyPatch.context() as here:
-        here.setattr("vllm_effplugin.techniques.edge_cloud.service.MISSING_S", 0.0)
+    with at_once():
         asyncio.run(_told(messages))
 
 
 async def _told(messages: list[list[Frame]]) -> None:
     limits = Limits(sessions=3, positions=20, sequence=16, ahead=8)
     config = CloudConfig(role="cloud", model="m", partition=1, limits=limits)
-    service = CloudService(config, Engine())
+    cloud_service = CloudService(config, Engine())
     for message in messages:
-        replies: list[Any] = [reply async for reply in service.exchange(b"k", message)]
+        replies: list[Any] = [reply async for reply in cloud_service.exchange(b"k", message)]
         for reply in read_frames(b"".join(each.pack() for each in replies), SIZE, 1 << 20):
             assert reply.kind in (Kind.HELD, Kind.TOKEN, Kind.REPLAY, Kind.ERROR)
             if reply.kind is Kind.ERROR:
                 assert reply.json()["code"] != "engine", reply.json()
         asked = sum(frame.kind is Kind.ASK for frame in message)
         assert sum(reply.kind is Kind.TOKEN for reply in replies) <= asked
-        assert service.contexts.positions <= limits.positions
-        assert len(service.contexts) <= limits.sessions
+        assert cloud_service.contexts.positions <= limits.positions
+        assert len(cloud_service.contexts) <= limits.sessions
     farewell = [Frame(Kind.CLOSE, session) for session in SESSIONS]
-    assert [reply async for reply in service.exchange(b"k", farewell)] == []
-    await asyncio.gather(*service._closing)
-    assert len(service.contexts) == service.contexts.positions == service._streams == 0
+    assert [reply async for reply in cloud_service.exchange(b"k", farewell)] == []
+    await asyncio.gather(*cloud_service._closing)
+    assert (
+        len(cloud_service.contexts)
+        == cloud_service.contexts.positions
+        == cloud_service._streams
+        == 0
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(told, max_size=5), st.binary(max_size=30), st.integers(0, 2**16))
+def test_a_route_bears_any_body(sent: list[Frame], put: bytes, place: int) -> None:
+    """Frames in answer, or HTTP 400 or 413 with a sentence; the client raises what else happens."""
+    whole = b"".join(frame.pack() for frame in sent)
+    at = place % (len(whole) + 1)
+    body = whole[:at] + put + whole[at + len(put) :]
+    with at_once():
+        answer = CLIENT.post("/v1/edge_cloud/exchange", content=body)
+    if answer.status_code == 200:
+        read_frames(answer.content, SIZE, 1 << 20)
+    else:
+        assert answer.status_code in (400, 413)
+        assert answer.json()["detail"]
