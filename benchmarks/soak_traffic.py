@@ -227,6 +227,20 @@ def language(chance: random.Random, model: str, *, edge: bool = False) -> Ask:
     )  # fmt: skip
 
 
+def each_length(model: str, most: int, wishes: Mapping[str, Any]) -> list[Ask]:
+    """A request for each number of tokens that a step may have."""
+    common: Body = {"model": model, "max_tokens": 1, "ignore_eos": True, "return_token_ids": True}
+    common |= {"temperature": 0, "vllm_xargs": dict(wishes)}
+    return [
+        Ask("warm-up", "/v1/completions", {**common, "prompt": text}, tokens=1, most=1)
+        for text in _lengths(most)
+    ]
+
+
+def _lengths(most: int) -> list[str]:
+    return [" ".join(length * [WORDS[length % len(WORDS)]]) for length in range(1, most + 1)]
+
+
 def lone_language(model: str, wishes: Mapping[str, Any], *, logprobs: bool = True) -> list[Ask]:
     """Greedy requests whose answers are compared: short, over several blocks, and a chat.
 
@@ -263,7 +277,10 @@ BAD_DATA: tuple[Any, ...] = (
 
 def classification(chance: random.Random, model: str, layers: int) -> Ask:
     """Texts for `/classify`, or for `/pooling` with options."""
-    texts = [words(chance, 60) for _ in range(chance.choice((1, 1, 2, 5, 8, 16)))]
+    texts = [
+        " ".join(chance.choices(WORDS, k=chance.randint(1, 50)))
+        for _ in range(chance.choice((1, 1, 2, 5, 8, 16)))
+    ]
     data: Body = {"input": texts}
     if chance.random() < 0.15:
         wrong = chance.choice(BAD_DATA)
@@ -299,3 +316,12 @@ def lone_classification(model: str, *, stock: bool) -> list[Ask]:
         path = "/classify" if stock else "/pooling"
         found.append(Ask("exact", path, {"model": model, **body}, most=1))
     return found
+
+
+def each_length_of_texts(model: str, most: int) -> list[Ask]:
+    """As `each_length`."""
+    wishes = {"exit": False, "mux": False}
+    return [
+        Ask("warm-up", "/pooling", {"model": model, "data": {"input": text, **wishes}}, most=1)
+        for text in _lengths(most)
+    ]
