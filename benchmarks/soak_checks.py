@@ -269,7 +269,9 @@ def count_problems(shown: Mapping[str, float], ledger: Ledger) -> list[str]:
     ordered("effplugin_exit_tokens_total", "effplugin_exit_decode_tokens_total")
     ordered("effplugin_exit_compacted_tokens_total", "effplugin_exit_tokens_total")
     ordered("effplugin_exit_shadow_agreed_tokens_total", "effplugin_exit_shadow_tokens_total")
-    for kind in ("exit", "classify"):
+    # Drafts and their verification may run more layers than the full model would.
+    drafted = total(shown, "vllm:spec_decode_num_draft_tokens_total") > 0
+    for kind in ("classify",) if drafted else ("classify", "exit"):
         ordered(f"effplugin_{kind}_layer_tokens_total", f"effplugin_{kind}_full_layer_tokens_total")
     ordered("effplugin_multiplex_member_tokens_total", "effplugin_multiplex_slot_tokens_total")
     return found
@@ -312,6 +314,11 @@ def essence(reply: Reply) -> Any:
         (choice["token_ids"], json.dumps(choice.get("logprobs")))
         for choice in said.get("choices", ())
     ]
+
+
+def words_of(found: Any) -> Any:
+    """Of an essence what stock vLLM under load would give as well: tokens without logprobs."""
+    return [each[0] if isinstance(each, tuple) else each for each in found or ()]
 
 
 def difference(expected: Any, found: Any) -> str:

@@ -25,6 +25,7 @@ from soak_checks import (
     memory_problems,
     problems,
     rest_problems,
+    words_of,
 )
 from soak_traffic import Ask, Reply, classification, language
 
@@ -203,6 +204,10 @@ def test_counts_are_those_of_the_answers() -> None:
         "effplugin_exit_layer_tokens_total{}": 6.0,
     }.items():
         assert count_problems({**good, name: wrong}, ledger), name
+    drafts = {"vllm:spec_decode_num_draft_tokens_total{}": 9.0}
+    assert not count_problems(
+        {**good, **drafts, "effplugin_exit_layer_tokens_total{}": 6.0}, ledger
+    )
     texts = Ledger(texts=7)
     assert count_problems({"effplugin_classify_sequences_total{}": 7.0}, texts) == []
     assert count_problems({"effplugin_classify_sequences_total{}": 8.0}, texts)
@@ -226,6 +231,7 @@ def test_answers_are_compared_bit_for_bit() -> None:
     assert difference(one, other)
     assert difference(essence(rows({})), essence(rows({"probs": [0.25 + 1e-9, 0.75]})))
     assert difference(one, essence(Reply(error="none")))
+    assert not difference(words_of(one), words_of(other))
 
 
 def test_growth_of_counters() -> None:
