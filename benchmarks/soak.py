@@ -85,8 +85,8 @@ which looks like a leak until it has seen all of them.
 
 SMALL = ("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", str(STEP))
 LANGUAGE = (
-    *SMALL, "--max-model-len", "512", "--enable-prefix-caching", "--block-size", str(BLOCK), "--num-gpu-blocks-override",
-    str(BLOCKS),
+    *SMALL, "--max-model-len", "512", "--enable-prefix-caching", "--block-size", str(BLOCK),
+    "--num-gpu-blocks-override", str(BLOCKS),
 )  # fmt: skip
 CLASSIFIER = (*SMALL, "--num-gpu-blocks-override", "32")
 
