@@ -413,6 +413,19 @@ CONTRACT: tuple[Interface, ...] = (
         "drafting",
         ("method", "model", "num_speculative_tokens"),
     ),
+    Interface("vllm.v1.outputs", "SamplerOutput", "sampled requests beside drafts"),
+    Interface(
+        "vllm.v1.sample.metadata",
+        "SamplingMetadata",
+        "sampled requests beside drafts",
+        ("temperature", "all_greedy", "top_k", "top_p"),
+    ),
+    Interface(
+        "vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", "sampled requests beside drafts"
+    ),
+    Interface(
+        "vllm.v1.sample.rejection_sampler", "GREEDY_TEMPERATURE", "sampled requests beside drafts"
+    ),
     Interface(
         "vllm.v1.sample.rejection_sampler",
         "RejectionSampler.forward",
