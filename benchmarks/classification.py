@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checkpoints import build_smollm2
 from harness import CACHE, Case, Engine, EngineSpec, Metric, argument_parser, main, select
-from layer_parallel import build_smollm2
 
 from vllm_effplugin.config.checkpoint import read_efficiency
 from vllm_effplugin.techniques.joint_exit.evaluate import figures

@@ -37,31 +37,20 @@ from typing import Any
 
 import httpx
 import matplotlib.pyplot as plt
-import torch
 import yaml
-from edge_cloud import Server
-from harness import CACHE, SEED, termination_unwinds
-from layer_parallel import build_smollm2
+from checkpoints import MADE, build_exits, build_merging, build_parts, build_smollm2
+from harness import CACHE, termination_unwinds
 from matplotlib.axes import Axes
 from matplotlib.dates import DateFormatter
 from matplotlib.ticker import MaxNLocator
-from multiplex import HIDDEN, build_untrained
+from servers import Server
 from slow_link import free_port
 from tqdm.auto import tqdm
 
-from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
-from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.settings import CLOUD_URL
-from vllm_effplugin.techniques.early_exit.config import EarlyExitConfig
-from vllm_effplugin.techniques.edge_cloud.config import CloudConfig, EdgeConfig
 from vllm_effplugin.techniques.edge_cloud.link import PATH
-from vllm_effplugin.techniques.edge_cloud.split import model_name, write_part
-from vllm_effplugin.techniques.multiplex.config import MULTIPLEXERS
-from vllm_effplugin.techniques.multiplex.layers import Multiplexer
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
-MADE = CACHE / "benchmarks" / "dashboard"
-LAYERS = 30
 LOAD_S, OUTAGE_S = 100, 15
 SCRAPE_S = 1
 WINDOW = f"{10 * SCRAPE_S}s"
@@ -159,62 +148,6 @@ def _panel(axes: Axes, title: str, panel: dict[str, Any], found: list[Series]) -
 
 
 # --- What is watched ------------------------------------------------------------------------------
-
-
-def build_exits(smollm2: Path) -> Path:
-    """SmolLM2 with exits that look at their own softmax, and a live comparison."""
-    exits = [{"depth": depth, "gate": "softmax", "threshold": 0.4} for depth in (20, 25)]
-    efficiency = parse_efficiency(
-        {"early_exit": {"exits": exits, "shadow": 0.1, "compaction": "always"}}
-    )
-    write_checkpoint(smollm2, MADE / "exits", efficiency, provenance={}, overwrite=True)
-    return MADE / "exits"
-
-
-def build_merging(smollm2: Path) -> Path:
-    """A classifier whose texts leave after 10 layers or merge in pairs after 15."""
-    torch.manual_seed(SEED)
-    efficiency = parse_efficiency(
-        {
-            "joint_exit": {"rule": "confidence", "exits": [{"depth": 10, "threshold": 0.52}]},
-            "multiplex": {"depth": 15, "sizes": [2]},
-        }
-    )
-    assert efficiency.joint_exit is not None
-    tensors = {
-        name: 0.02 * torch.randn(shape)
-        for name, shape in efficiency.joint_exit.tensors(HIDDEN, 2).items()
-    }
-    layer = Multiplexer(HIDDEN, 2)
-    layer.initialise()
-    tensors |= {f"{MULTIPLEXERS}.2.{name}": value for name, value in layer.state_dict().items()}
-    write_checkpoint(
-        build_untrained(smollm2),
-        MADE / "merging",
-        efficiency,
-        tensors=tensors,
-        provenance={},
-        overwrite=True,
-    )
-    return MADE / "merging"
-
-
-def build_parts(smollm2: Path) -> tuple[Path, Path]:
-    """Edge and cloud, with gates that let a pseudo-random half of the tokens leave."""
-    depth, name = 15, model_name(smollm2)
-    gates = [{"depth": exit, "gate": "rate", "threshold": 0.5} for exit in (10, depth)]
-    exits = EarlyExitConfig.model_validate({"exits": gates})
-    edge = EdgeConfig(role="edge", model=name, layers=LAYERS, deadline_s=5.0)
-    cloud = CloudConfig(role="cloud", model=name, partition=depth)
-    for part, first, end, efficiency in (
-        ("edge", 0, depth, EfficiencyConfig(early_exit=exits, edge_cloud=edge)),
-        ("cloud", depth, LAYERS, EfficiencyConfig(edge_cloud=cloud)),
-    ):
-        write_part(
-            smollm2, MADE / part, first, end, efficiency,
-            work=MADE, provenance={}, overwrite=True,
-        )  # fmt: skip
-    return MADE / "edge", MADE / "cloud"
 
 
 @asynccontextmanager

@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints import build_smollm2
 from early_exit import prepare
 from harness import CACHE, describe_run
-from layer_parallel import build_smollm2
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints import build_smollm2
 from harness import (
     CACHE,
     Case,
@@ -31,7 +32,6 @@ from harness import (
     main,
     select,
 )
-from layer_parallel import build_smollm2
 
 from vllm_effplugin.config import parse_efficiency
 from vllm_effplugin.techniques.early_exit.evaluate import counting

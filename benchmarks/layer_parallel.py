@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from checkpoints import build_smollm2
 from harness import CACHE, SEED, SPEED_METRICS, Case, EngineSpec, argument_parser, efficient, main
 
 RANDOM_LLAMA = {
@@ -60,14 +61,6 @@ def cases(smollm2: Path, random_llama: Path) -> list[Case]:
             ("tp2/fused", two, pairs_of_two, FUSED),
         )
     ]
-
-
-def build_smollm2(folder: Path) -> None:
-    """Build the demo checkpoint, unless it is there."""
-    if not folder.exists():
-        from vllm_effplugin.cli.demo import demo_model
-
-        demo_model(folder)
 
 
 def build_random_llama(folder: Path) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from checkpoints import build_smollm2
 from early_exit import DecodeThroughput, forced, short_prompts
 from harness import (
     CACHE,
@@ -38,7 +39,6 @@ from harness import (
     select,
     write_json,
 )
-from layer_parallel import build_smollm2
 from rich.console import Console
 
 from vllm_effplugin.config import EfficiencyConfig

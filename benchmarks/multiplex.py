@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import HIDDEN, build_smollm2, build_untrained
 from classification import TASKS, Recipe, Rows, build_minilm, parse_arguments
 from harness import (
     CACHE,
@@ -45,21 +46,16 @@ from harness import (
     main,
     select,
 )
-from layer_parallel import build_smollm2
 from tqdm.auto import tqdm
 
 from vllm_effplugin.config import EfficiencyConfig
-from vllm_effplugin.config.checkpoint import staged_directory, write_checkpoint
-from vllm_effplugin.preparation.classifier import write_classifier
+from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.techniques.multiplex.accuracy import GROUPINGS, company
 from vllm_effplugin.techniques.multiplex.config import MULTIPLEXERS, MultiplexConfig
 from vllm_effplugin.techniques.multiplex.layers import Multiplexer
 from vllm_effplugin.techniques.multiplex.request import multiplex_pooling_params
 
 FOLDER = CACHE / "benchmarks" / "multiplex"
-LAYERS, HIDDEN = 30, 576
-"""Of SmolLM2-135M."""
-
 QUEUE = 256
 """Sequences that are submitted at once, of 64 tokens; fewer of longer ones."""
 
@@ -215,23 +211,6 @@ class TextThroughput:
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
-
-
-def build_untrained(smollm2: Path) -> Path:
-    """SmolLM2 with a classification head of random weights."""
-    folder = FOLDER / "classifier"
-    if not folder.exists():
-        torch.manual_seed(0)
-        with staged_directory(folder, overwrite=False) as staging:
-            write_classifier(
-                smollm2,
-                staging,
-                "LlamaForSequenceClassification",
-                ("negative", "positive"),
-                0.02 * torch.randn(2, HIDDEN),
-                None,
-            )
-    return folder
 
 
 def untrained(size: int, depth: int) -> Path:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import build_smollm2
 from harness import CACHE
-from layer_parallel import build_smollm2
 from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm

@@ -581,6 +581,39 @@ def test_verified_and_other_requests_share_a_batch(tiny):
 
 
 @on_cpu
+def test_sampled_requests_beside_drafts(tiny):
+    """Each draft is looked at with its own request's temperature, `top_k` and `top_p`."""
+    from vllm import SamplingParams
+
+    block = {"exits": [{"depth": 9, "gate": "softmax", "threshold": 0.02}], "cache": "propagate"}
+    requests = [{"prompt_token_ids": prompt[:20]} for prompt in prompts()[:4]]
+    likeliest = ({}, {"temperature": 0.9, "top_k": 1}, {"temperature": 1.7, "top_p": 1e-6})
+
+    def sampled(llm: Any, wish: Any, ways: Sequence[dict[str, Any]]) -> list[list[int]]:
+        params = [
+            SamplingParams(
+                detokenize=False, extra_args={"exit": wish}, max_tokens=60, ignore_eos=True,
+                **{"temperature": 0, **way},
+            )
+            for way in ways
+        ]  # fmt: skip
+        asked = [request for request in requests for _ in ways]
+        outputs = llm.generate(asked, params * len(requests), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    options = {"num_gpu_blocks_override": 200, "max_num_seqs": 16, "speculative_config": VERIFY}
+    with exiting(tiny(), block=block, **options) as (llm, _):
+        expected = [each for each in sampled(llm, False, [{}]) for _ in likeliest]
+        assert sampled(llm, "verify", likeliest) == expected
+        # Beside requests that nothing is known of, other than that they end.
+        random = {"temperature": 1.0, "top_k": 5, "top_p": 0.9}
+        mixed = sampled(llm, "verify", [{}, random, likeliest[1]])
+        assert mixed[::3] == mixed[2::3] == expected[::3]
+        assert mixed[1::3] != expected[::3]
+        assert counters(llm)["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@on_cpu
 def test_a_request_at_the_length_limit_changes_no_other(tiny):
     """Near it the runner stops drafting for all, and would make all verify zeros instead."""
     block = {"exits": SOME, "cache": "recompute"}

@@ -34,6 +34,8 @@ def early_exit(**fields: Any) -> EarlyExitConfig:
         ({"other": 1}, [0.7, 0.9]),
         ({"exit": False}, [1, 1]),
         ({"exit": "false"}, [1, 1]),
+        ({"exit": 0}, [1, 1]),  # what vLLM makes of JSON's `false`
+        ({"exit": 1}, [0.7, 0.9]),
         ({"exit": "verify", "exit_threshold": 0.5}, [1, 1]),
         ({"exit": True, "exit_threshold": 0.5}, [0.5, 0.5]),
         ({"exit_threshold": "0.5"}, [0.5, 0.5]),
@@ -58,7 +60,8 @@ def test_drafts_take_the_thresholds_that_exits_would() -> None:
     ("asked", "named"),
     [
         ({"exit": "perhaps"}, "exit"),
-        ({"exit": 1}, "exit"),
+        ({"exit": 2}, "exit"),
+        ({"exit": 1.0}, "exit"),
         ({"exit_threshold": 1.5}, "exit_threshold"),
         ({"exit_threshold": -0.1}, "exit_threshold"),
         ({"exit_threshold": "high"}, "exit_threshold.*not a usable number"),

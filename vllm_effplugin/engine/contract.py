@@ -414,6 +414,37 @@ CONTRACT: tuple[Interface, ...] = (
         "drafting",
         ("method", "model", "num_speculative_tokens"),
     ),
+    Interface("vllm.v1.outputs", "SamplerOutput", "sampled requests beside drafts"),
+    Interface(
+        "vllm.v1.sample.metadata",
+        "SamplingMetadata",
+        "sampled requests beside drafts",
+        ("temperature", "all_greedy", "top_k", "top_p"),
+    ),
+    Interface(
+        "vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", "sampled requests beside drafts"
+    ),
+    Interface(
+        "vllm.v1.sample.rejection_sampler", "GREEDY_TEMPERATURE", "sampled requests beside drafts"
+    ),
+    Interface(
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler.forward",
+        "sampled requests beside drafts",
+        ("metadata", "draft_probs", "logits", "sampling_metadata"),
+    ),
+    Interface(
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler.apply_logits_processors",
+        "sampled requests beside drafts",
+        ("logits", "sampling_metadata", "metadata"),
+    ),
+    Interface(
+        "vllm.v1.sample.ops.topk_topp_sampler",
+        "apply_top_k_top_p",
+        "sampled requests beside drafts",
+        ("logits", "k", "p"),
+    ),
     Interface("vllm.distributed", "get_tp_group", "one decision for all ranks"),
     Interface(_CPU_WORKER, "CPUWorker.load_model", "the rows of runner V1"),
     Interface(

@@ -32,14 +32,18 @@ class ExitRequest(BaseModel):
 def parse_exit_request(extra_args: Mapping[str, Any] | None) -> ExitRequest:
     """Our fields among a request's extra arguments, which start with `exit`; defaults without.
 
-    HTTP clients may send booleans and numbers as strings, which is what `vllm_xargs` allows.
+    HTTP clients may send booleans and numbers as strings, which is what `vllm_xargs` allows. Of
+    JSON's booleans vLLM makes 0 and 1.
 
     Raises:
         ConfigError: naming the field and what is wrong with it.
     """
     given = {k: v for k, v in (extra_args or {}).items() if k.split("_")[0] == "exit"}
-    if given.get("exit") in ("true", "false"):
-        given["exit"] = given["exit"] == "true"
+    wish = given.get("exit")
+    if wish in ("true", "false"):
+        given["exit"] = wish == "true"
+    elif isinstance(wish, int) and wish in (0, 1):
+        given["exit"] = bool(wish)
     for name, convert in (("exit_threshold", float), ("exit_min_layer", int)):
         value = given.get(name)
         if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
