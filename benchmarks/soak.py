@@ -343,7 +343,7 @@ def build(name: str, smollm2: Path) -> Stage:
     routes = {"VLLM_PLUGINS": "effplugin"}
     upper = server("cloud", cloud, last, *LANGUAGE, environment=routes, ready=PATH)
     lower = server(name, edge, first, *LANGUAGE, environment={CLOUD_URL: upper.url})
-    lone = lone_language(name, {"cloud_mode": "standalone"})
+    lone = lone_language(name, {"cloud_mode": "standalone"}, logprobs=False)
     lone += lone_language(name, {"cloud_mode": "cloud"}, logprobs=False)
     draw = lambda chance: language(chance, name, edge=True)  # noqa: E731
     warm_up = each_length(name, STEP, {"cloud_mode": "cloud"})

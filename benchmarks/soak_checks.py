@@ -12,7 +12,7 @@ from typing import Any
 from servers import total
 from soak_traffic import Ask, Reply
 
-GROWTH_MIB = 48.0
+GROWTH_MIB = 32.0
 """What a server may grow by, from the end of its warm-up on. See docs/soak.md for why."""
 
 FEWEST_CHARACTERS = 12
@@ -263,7 +263,7 @@ def count_problems(shown: Mapping[str, float], ledger: Ledger) -> list[str]:
     between("effplugin_edge_tokens_total", ledger.tokens, tokens)
     for origin, answered in ledger.origins.items():
         count = total(shown, "effplugin_edge_tokens_total", f'origin="{origin}"')
-        if not answered <= count <= answered + tokens:
+        if answered > count:  # of several choices, answers report one
             found.append(f"edge tokens of origin {origin}: {count:g}, answered {answered}")
     between("effplugin_classify_sequences_total", ledger.texts, texts)
     ordered("effplugin_exit_tokens_total", "effplugin_exit_decode_tokens_total")

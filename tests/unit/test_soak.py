@@ -196,7 +196,7 @@ def test_counts_are_those_of_the_answers() -> None:
     assert count_problems(good, ledger) == []
     for name, wrong in {
         "vllm:generation_tokens_total{}": 99.0,
-        'effplugin_edge_tokens_total{origin="edge"}': 71.0,
+        'effplugin_edge_tokens_total{origin="edge"}': 71.0,  # 111 in all
         'effplugin_edge_tokens_total{origin="cloud"}': 39.0,
         "effplugin_exit_tokens_total{}": 91.0,
         "effplugin_exit_compacted_tokens_total{}": 51.0,

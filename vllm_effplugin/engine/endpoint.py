@@ -128,6 +128,7 @@ class _Stream:
 
     def __init__(self, client: EngineClient, name: str, salt: str) -> None:
         self._salt = salt
+        self._running = asyncio.Lock()
         self._inputs: asyncio.Queue[StreamingInput | None] = asyncio.Queue()
         self._outputs = client.generate(self._fed(), _params(Sampling(), b""), name)
 
@@ -139,15 +140,17 @@ class _Stream:
         params = _params(sampling, states.astype("<f4").tobytes())
         # Ids that stand for positions; the scheduler puts the hidden states in their place.
         prompt = tokens_input([0] * len(states), cache_salt=self._salt)
-        self._inputs.put_nowait(StreamingInput(prompt, params))
-        async for output in self._outputs:
-            if output.outputs and output.outputs[0].token_ids:
-                return int(output.outputs[0].token_ids[-1])
+        async with self._running:
+            self._inputs.put_nowait(StreamingInput(prompt, params))
+            async for output in self._outputs:
+                if output.outputs and output.outputs[0].token_ids:
+                    return int(output.outputs[0].token_ids[-1])
         raise RuntimeError("the engine ended the session")
 
     async def close(self) -> None:
         self._inputs.put_nowait(None)
-        await self._outputs.aclose()
+        async with self._running:  # a token that nobody waits for any more
+            await self._outputs.aclose()
 
 
 def _params(sampling: Sampling, states: bytes) -> SamplingParams:
