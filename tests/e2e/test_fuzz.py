@@ -21,19 +21,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.e2e.server import serving, shown
+from tests.e2e.test_edge_cloud import split
 from tests.e2e.test_metrics import total
-from tests.engine.test_edge_cloud import PARTITION
 from tests.engine.test_joint_exit import JOINT, tensors
 from tests.engine.test_multiplex import trained
-from tests.tiny import LAYERS, add_tokenizer, make_checkpoint, make_classifier
+from tests.tiny import add_tokenizer, make_checkpoint, make_classifier
 from tests.unit.test_edge_link import until
 from tests.unit.test_wire_fuzz import resealed
 from vllm_effplugin.config import EfficiencyConfig, parse_efficiency
 from vllm_effplugin.config.checkpoint import write_checkpoint
 from vllm_effplugin.engine.io_processor import ClassifyData
 from vllm_effplugin.techniques.early_exit.request import ExitRequest
-from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
-from vllm_effplugin.techniques.edge_cloud.split import write_part
 from vllm_effplugin.techniques.edge_cloud.wire import (
     HEADER_BYTES,
     Encoding,
@@ -193,11 +191,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 @slow
 def test_clouds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make_checkpoint(tmp_path / "whole")
-    add_tokenizer(whole)
-    config = CloudConfig(role="cloud", model="tiny", partition=PARTITION)
-    cloud, efficiency = tmp_path / "cloud", EfficiencyConfig(edge_cloud=config)
-    write_part(whole, cloud, PARTITION, LAYERS, efficiency, work=tmp_path, provenance={})
+    _, cloud = split(tmp_path)
     monkeypatch.setenv("VLLM_PLUGINS", "effplugin")
     with serving(cloud, tmp_path, *FP32) as (client, _):
 
