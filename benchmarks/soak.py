@@ -443,7 +443,8 @@ def draw(found: Mapping[str, Any], out: Path) -> None:
         seconds, ended = seen["seconds"], seen["requests"]
         for server, values in seen["memory_mib"].items():
             memories.plot(seconds[: len(values)], values, label=server)
-        memories.set(title=name, ylim=(0, None))
+        most = max(max(values, default=0.0) for values in seen["memory_mib"].values())
+        memories.set(title=name, ylim=(0, 1.1 * most))
         memories.legend(fontsize=8)
         wide = 5
         rate.plot(
