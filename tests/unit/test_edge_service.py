@@ -231,3 +231,33 @@ def test_abandoned_sessions_are_gone_after_a_while() -> None:
         assert not service._parts
 
     run(talk())
+
+
+def test_what_ends_while_it_is_asked_leaves_nothing() -> None:
+    """In one message, between two questions, and while room is made."""
+
+    async def talk() -> None:
+        service = make()
+        for _ in range(5):
+            said = await say(
+                service, opened(), states(0, 3), ask(2), json_frame(Kind.CLOSE, ONE, {})
+            )
+            assert said[-1].kind is Kind.REPLAY
+            assert (service._streams, service._parts) == (0, {})
+        for ticks in range(12):
+            asked = asyncio.ensure_future(say(service, opened(), states(0, 3), ask(2), ask(1)))
+            other = asyncio.ensure_future(
+                say(service, opened(TWO), states(0, 9, TWO), ask(8, TWO), ask(3, TWO))
+            )
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            closing = [json_frame(Kind.CLOSE, session, {}) for session in (ONE, TWO)]
+            await say(service, *closing)
+            await asyncio.gather(asked, other)
+            await say(service, *closing)
+            for _ in range(4):
+                await asyncio.sleep(0)
+            assert (service._streams, service._parts) == (0, {}), ticks
+            assert service.engine.open_streams == 0
+
+    run(talk())

@@ -47,6 +47,7 @@ def test_files_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.Monkey
     other = tmp_path / "vllm-effplugin-999999-any-0-worker.counters"
     for path in (killed, new, other):
         path.write_bytes(bytes(8))
+    os.mkfifo(counters_path("pipe", 0))
     for path in (living, killed, other):
         os.utime(path, (0, 0))
     publish(tmp_path / "any", exit_totals(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import tempfile
 import time
 import weakref
@@ -126,10 +127,13 @@ def _remove_orphans(folder: Path, age_s: float = 60.0) -> None:
     """Files of processes of this user that were killed."""
     for path in folder.glob(f"{_mine()}*.counters"):
         with suppress(OSError):
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            # Anybody may put anything there; a pipe would have nobody at its other end.
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
+                found = os.fstat(handle)
+                ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
                 # One that was just made may not be locked yet.
-                if time.time() - os.fstat(handle).st_mtime > age_s:
+                if ours and time.time() - found.st_mtime > age_s:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
             finally:

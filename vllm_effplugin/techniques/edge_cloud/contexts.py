@@ -63,6 +63,7 @@ class Context:
         answered: position whose next token was computed last, and the token.
         used: when a client last spoke of it.
         busy: requests that are waiting for its tokens.
+        closed: whether it is gone; who still waits for its tokens gets none.
     """
 
     owner: Owner
@@ -73,6 +74,7 @@ class Context:
     answered: tuple[int, int] | None = None
     used: float = 0.0
     busy: int = 0
+    closed: bool = False
     _parts: list[np.ndarray] = field(default_factory=list)
     _ahead: dict[int, np.ndarray] = field(default_factory=dict)
 
@@ -253,5 +255,6 @@ class Contexts:
             return False
         self._positions -= context.kept
         context.computed = 0
+        context.closed = True
         self._release(context)
         return True

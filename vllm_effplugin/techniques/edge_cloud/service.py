@@ -103,6 +103,10 @@ class _Part:
     stream: Stream | None = None
 
 
+class _Closed(Exception):
+    """A session has ended, and with it what was asked of it."""
+
+
 class CloudService:
     """Answers messages.
 
@@ -204,7 +208,10 @@ class CloudService:
             async with part.lock:
                 if context.answered is not None and context.answered[0] == position:
                     return token_frame(frame.session, position, context.answered[1], 0.0)
-                if not await self._has(context, part, position):
+                here = await self._has(context, part, position)
+                if context.closed:
+                    raise _Closed
+                if not here:
                     self.totals.add("replays", 1)
                     return Frame(Kind.REPLAY, frame.session, context.held)
                 began = time.perf_counter()
@@ -214,6 +221,8 @@ class CloudService:
                 self.totals.add("tokens", 1)
                 self.totals.add("engine_us", round(1e6 * seconds))
                 return token_frame(frame.session, position, token, seconds)
+        except _Closed:
+            return Frame(Kind.REPLAY, frame.session)
         except LimitError as error:
             return self._refused(frame, error.code, str(error))
         except WireError as error:
@@ -250,6 +259,8 @@ class CloudService:
         try:
             if self._closing:  # what made room may still be in the engine
                 await asyncio.wait(set(self._closing))
+            if part.stream is None:
+                raise _Closed
             return await part.stream.next(self.contexts.take(context, position), sampling)
         except BaseException:
             await self._stop(context, part)
@@ -278,13 +289,17 @@ class CloudService:
     # --- Parts of the engine ---------------------------------------------------------------------
 
     def _part(self, context: Context) -> _Part:
+        if context.closed:
+            raise _Closed
         return self._parts.setdefault(context, _Part())
 
     def _release(self, context: Context) -> None:
         part = self._parts.pop(context, None)
         if part is not None and part.stream is not None:
+            # Taken out: who waits for its token may find it gone.
+            stream, part.stream = part.stream, None
             self._streams -= 1
-            task = self._spawn(part.stream.close())
+            task = self._spawn(stream.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
