@@ -3,7 +3,7 @@
     serve run vllm_effplugin.deployment.ray_serve:build model=OUT replicas=2
 
 Each replica is a whole vLLM engine with all of its routes. What a client says under one
-`X-Session-ID` goes to one replica, as long as it lives.
+`X-Session-ID` goes to one replica, as long as that lives and has room.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ NOT_HERE = {
 ANSWER_S = 0.2
 """For a replica's last answers, which say that its engine is dead, to go out. No longer: a replica
 that answers at once seems to be the idlest one."""
+
+
+DRAIN_S = 600.0
+"""For what a replica generates when Ray Serve ends it; its own 20 s would cut long answers."""
 
 
 class Settings(BaseModel):
@@ -174,6 +178,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         name="Replica",
         num_replicas=settings.replicas,
         max_ongoing_requests=settings.max_ongoing_requests,
+        graceful_shutdown_timeout_s=DRAIN_S,
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         request_router_config=RequestRouterConfig(request_router_class=SessionRouter),
     )

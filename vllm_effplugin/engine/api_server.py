@@ -12,9 +12,15 @@ from fastapi import FastAPI
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.cli_args import (
+    make_arg_parser,
+    propagate_flash_late_interaction,
+    validate_parsed_serve_args,
+)
 from vllm.entrypoints.launchers.launcher import watchdog_loop
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -71,21 +77,32 @@ async def application(
 ) -> AsyncIterator[FastAPI]:
     """vLLM's engine and all of its routes; the engine is at `state.engine_client`.
 
+    The steps of vLLM's own `run_server_worker`, which cannot be had without its web server.
+
     Args:
         arguments: as `parse` gives them.
         end: called once, when the engine is dead: what is asked from then on fails.
         stat_loggers: those of vLLM's statistics in place of the ones for `/metrics`.
     """
+    for plugin, manager in (
+        (arguments.tool_parser_plugin, ToolParserManager.import_tool_parser),
+        (arguments.reasoning_parser_plugin, ReasoningParserManager.import_reasoning_parser),
+    ):
+        if plugin:
+            manager(plugin)
     options = AsyncEngineArgs.from_cli_args(arguments)
+    propagate_flash_late_interaction(arguments, options)
     config = options.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     engine = AsyncLLM.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         stat_loggers=stat_loggers,
         enable_log_requests=options.enable_log_requests,
+        aggregate_engine_logging=options.aggregate_engine_logging,
         disable_log_stats=options.disable_log_stats,
     )
     try:
+        await engine.reset_mm_cache()
         tasks = await engine.get_supported_tasks()
         app = build_app(arguments, tasks, config.model_config)
         await init_app_state(engine, app.state, arguments, tasks)
@@ -96,4 +113,4 @@ async def application(
         finally:
             watchdog.cancel()
     finally:
-        engine.shutdown()
+        engine.shutdown(timeout=config.shutdown_timeout)

@@ -652,7 +652,14 @@ CONTRACT: tuple[Interface, ...] = (
             ),
             (f"{_LAUNCHERS}.cli_args", "make_arg_parser", ("parser",)),
             (f"{_LAUNCHERS}.cli_args", "validate_parsed_serve_args", ("args",)),
+            (
+                f"{_LAUNCHERS}.cli_args",
+                "propagate_flash_late_interaction",
+                ("args", "engine_args"),
+            ),
             (f"{_LAUNCHERS}.launcher", "watchdog_loop", ("server", "engine")),
+            ("vllm.tool_parsers", "ToolParserManager.import_tool_parser", ()),
+            ("vllm.reasoning", "ReasoningParserManager.import_reasoning_parser", ()),
             ("vllm.entrypoints.serve.utils.api_utils", "cli_env_setup", ()),
             ("vllm.utils.argparse_utils", "FlexibleArgumentParser.error", ("message",)),
             ("vllm.engine.arg_utils", "AsyncEngineArgs.from_cli_args", ("args",)),
@@ -664,6 +671,8 @@ CONTRACT: tuple[Interface, ...] = (
             ),
             ("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", ()),
             ("vllm.v1.engine.async_llm", "AsyncLLM.check_health", ()),
+            ("vllm.v1.engine.async_llm", "AsyncLLM.reset_mm_cache", ()),
+            ("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", ("timeout",)),
             ("vllm.usage.usage_lib", "UsageContext.OPENAI_API_SERVER", ()),
         )
     ),
