@@ -45,7 +45,6 @@ ANSWER_S = 0.2
 """For a replica's last answers, which say that its engine is dead, to go out. No longer: a replica
 that answers at once seems to be the idlest one."""
 
-
 DRAIN_S = 600.0
 """For what a replica generates when Ray Serve ends it; its own 20 s would cut long answers."""
 
@@ -61,7 +60,7 @@ class Settings(BaseModel):
     cpus: float = Field(1, ge=0, description="Of each replica, for Ray to place it.")
     gpus: float = Field(0, ge=0, description="Of each replica: as many as its engine has ranks.")
     max_ongoing_requests: int = Field(
-        512, ge=1, description="At one replica; others wait in front of it."
+        512, ge=1, description="At one replica; others go elsewhere, or wait."
     )
 
     @field_validator("vllm_args", mode="before")

@@ -6,6 +6,7 @@ import asyncio
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import NoReturn
 
 from fastapi import FastAPI
@@ -53,14 +54,20 @@ class _Server:
             end()
 
 
+@cache
+def _parser() -> FlexibleArgumentParser:
+    """With vLLM's hundreds of options: made once."""
+    cli_env_setup()
+    return make_arg_parser(_Parser())
+
+
 def parse(arguments: Sequence[str]) -> Namespace:
     """What follows `vllm serve` on a command line.
 
     Raises:
         ConfigError: when vLLM does not take it.
     """
-    cli_env_setup()
-    found = make_arg_parser(_Parser()).parse_args(list(arguments))
+    found = _parser().parse_args(list(arguments))
     found.model = found.model_tag or found.model
     try:
         validate_parsed_serve_args(found)
