@@ -38,7 +38,9 @@ def test_the_manifests_pods_are_kubernetes(manifest):
 
 
 def test_the_manifest_serves_the_application(manifest):
-    config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    written = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    config = ServeDeploySchema.model_validate(written)
+    assert config.model_dump(exclude_unset=True) == written, "Ray passes over what it does not know"
     [application] = config.applications
     module, name = application.import_path.split(":")
     assert (module, name) == (ray_serve.__name__, build.__name__)
