@@ -52,6 +52,19 @@ def test_a_boundary_that_does_not_fit_is_named(after):
         plan(8, layer_parallel={"groups": [[2, 3]]}, split_after=[after])
 
 
+@pytest.mark.parametrize(
+    ("group", "told"),
+    [
+        ([1, 2, 3], "move it to depth 1, or move it to depth 4, or move the group"),
+        ([0, 1, 2, 3], "move it to depth 4, or move the group"),
+        ([2, 3, 4, 5], "move it to depth 2, or move the group"),
+    ],
+)
+def test_a_boundary_inside_a_group_is_told_where_to_go(group, told):
+    with pytest.raises(ConfigError, match=f"at depth 3 .*; {told}$"):
+        plan(6, layer_parallel={"groups": [group]}, split_after=[2])
+
+
 def test_a_boundary_twice_is_refused():
     with pytest.raises(ConfigError, match="after layer 3"):
         plan(8, split_after=[3, 3])

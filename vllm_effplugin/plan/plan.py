@@ -168,8 +168,12 @@ def build_plan(config: EfficiencyConfig, num_layers: int) -> Plan:
 
 
 def _misplaced(boundary: Boundary, units: list[Unit], num_layers: int) -> str:
-    where = f"{boundary.kind} boundary after layer {boundary.after}"
+    # Depths are what the user gave, except in `split_after`.
+    where = f"{boundary.kind} boundary at depth {boundary.after + 1} (after layer {boundary.after})"
     for unit in units:
         if boundary.after in unit.layers[:-1]:
-            return f"{where} lies inside the group {list(unit.layers)}; move it or the group"
+            around = (unit.first, unit.layers[-1] + 1)
+            ways = [f"move it to depth {depth}" for depth in around if 0 < depth < num_layers]
+            ways_out = ", or ".join([*ways, "move the group"])
+            return f"{where} lies inside the group of layers {list(unit.layers)}; {ways_out}"
     return f"{where} must lie inside the model of {num_layers} layers, once per layer"
