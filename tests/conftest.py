@@ -67,7 +67,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if session.config.getoption("--write-matrix"):
+    # A module that cannot be imported would leave its cells empty.
+    if session.config.getoption("--write-matrix") and not session.testsfailed:
         matrix.write(session.items)
 
 

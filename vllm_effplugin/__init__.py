@@ -1,5 +1,6 @@
 """vllm-effplugin: less work per token in a stock `vllm serve`."""
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 
 try:
@@ -7,16 +8,22 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0.0.0"
 
+logger = logging.getLogger(f"vllm.{__name__}")  # below `vllm`, so that its log settings apply
+
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`; vLLM calls it in every process, perhaps repeatedly.
 
-    Raises:
-        RuntimeError: when the installed vLLM is outside the supported window.
+    Outside the supported window of versions nothing is registered and the log says so: an error
+    raised here would end vLLM, and stock models have to run as ever.
     """
     from vllm_effplugin.engine.compat import check_vllm_version
 
-    check_vllm_version()
+    try:
+        check_vllm_version()
+    except RuntimeError as error:
+        logger.error("%s Until then its models are unknown to vLLM.", error)
+        return
     from vllm_effplugin.engine.registration import register_models
 
     register_models()

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +48,7 @@ def split(folder: Path) -> tuple[Path, Path]:
     return whole, cloud
 
 
+@pytest.mark.works("edge", "cloud")
 def test_two_servers_give_the_whole_models_text(tmp_path, monkeypatch):
     whole, cloud = split(tmp_path)
     for name in ("of-cloud", "of-edge", "again"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+import vllm_effplugin
 from vllm_effplugin.cli import demo, doctor, main
 from vllm_effplugin.cli.doctor import Check, Platform
 from vllm_effplugin.cli.main import app
-from vllm_effplugin.engine import compat, contract
+from vllm_effplugin.engine import compat, contract, registration
 from vllm_effplugin.errors import CheckpointError
 
 CPU = Platform("cpu", "a processor", devices=2, runner="V1", runner_why="no Triton", ray=False)
@@ -212,6 +215,33 @@ def test_window_refuses_in_one_sentence(installed: SetVersions, version: str) ->
         compat.check_vllm_version()
     assert version in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_stock_models_run_outside_the_window(
+    installed: SetVersions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM does not catch what a plugin raises."""
+    registered: list[bool] = []
+    monkeypatch.setattr(registration, "register_models", lambda: registered.append(True))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    installed({"vllm": "0.34.0"})
+    vllm_effplugin.register()
+    assert not registered
+    [said] = caplog.records
+    assert "0.34.0 is installed: install a vLLM inside that window" in said.getMessage()
+    installed({"vllm": "0.32.0"})
+    vllm_effplugin.register()
+    assert registered
+
+
+def test_edges_and_clouds() -> None:
+    def works(here: Platform) -> list[bool]:
+        return [feature.works for feature in doctor.TECHNIQUES["edge-cloud"](here)]
+
+    assert works(CPU) == [True, True, True]
+    assert works(replace(CPU, runner="V2")) == [False, False, True]
+    assert works(replace(CUDA, runner="V1")) == [False, True, False]
+    assert works(replace(CUDA, name="xpu", runner="V1")) == [False, False, False]
 
 
 def test_demo_model_needs_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

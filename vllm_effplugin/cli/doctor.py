@@ -282,12 +282,19 @@ def _serve(here: Platform, technique: str) -> Feature:
     return Feature("serve", False, f"not on {here.name}")
 
 
+def _prepare(here: Platform) -> Feature:
+    """Of a technique whose speed on the machine decides what is written."""
+    cpu = here.name == "cpu"
+    return Feature("prepare", cpu, "" if cpu else "needs a CPU, and vLLM's CPU build")
+
+
 def _early_exit(here: Platform) -> tuple[Feature, ...]:
     peft = _version("peft") is not None
     verified = here.name == "cpu" and here.runner == "V1"
     return (
         _serve(here, "early_exit"),
         Feature("verified exits", verified, "" if verified else "needs a CPU and runner V1"),
+        _prepare(here),
         Feature("prepare: tune the backbone", True, "" if peft else "without LoRA: no peft"),
     )
 
@@ -296,15 +303,32 @@ def _classify(here: Platform) -> tuple[Feature, ...]:
     peft, hub = _version("peft") is not None, _version("datasets") is not None
     return (
         _serve(here, "joint_exit"),
+        _prepare(here),
         Feature("prepare: --lora", peft, "" if peft else "peft is not installed: extra `train`"),
         Feature("prepare: data of the hub", hub, "" if hub else "`datasets` is not installed"),
     )
+
+
+def _edge_cloud(here: Platform) -> tuple[Feature, ...]:
+    cpu, v1 = here.name == "cpu", here.runner == "V1"
+    return (
+        Feature("serve an edge", cpu and v1, "" if cpu and v1 else "needs a CPU and runner V1"),
+        Feature("serve a cloud", v1 and here.name in ("cpu", "cuda"), _cloud_why(here)),
+        _prepare(here),
+    )
+
+
+def _cloud_why(here: Platform) -> str:
+    if here.runner != "V1":
+        return "needs runner V1: VLLM_USE_V2_MODEL_RUNNER=0"
+    return {"cpu": "", "cuda": "not tested there"}.get(here.name, f"not on {here.name}")
 
 
 def _multiplex(here: Platform) -> tuple[Feature, ...]:
     hub = _version("datasets") is not None
     return (
         _serve(here, "multiplex"),
+        _prepare(here),
         Feature("prepare: data of the hub", hub, "" if hub else "`datasets` is not installed"),
     )
 
@@ -314,6 +338,7 @@ TECHNIQUES: dict[str, Callable[[Platform], tuple[Feature, ...]]] = {
     "early-exit": _early_exit,
     "classify": _classify,
     "multiplex": _multiplex,
+    "edge-cloud": _edge_cloud,
 }
 
 

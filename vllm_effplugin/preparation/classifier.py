@@ -90,8 +90,8 @@ def check_classifiable(
         )
     if torch.cuda.is_available():
         raise UnsupportedError(
-            "exits and merging are served on CPUs only so far: prepare them on the CPU machine "
-            "that will serve them (its speed decides what pays), or set CUDA_VISIBLE_DEVICES="
+            "exits and merging are prepared on CPUs only so far: do it on a CPU machine (its "
+            "speed decides what pays), or, if vLLM here is its CPU build, set CUDA_VISIBLE_DEVICES="
         )
 
 

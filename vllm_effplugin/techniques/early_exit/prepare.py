@@ -300,7 +300,8 @@ def _check_servable(
     if torch.cuda.is_available():
         raise UnsupportedError(
             "early exit is served on CPUs only so far: prepare it on the CPU machine that will "
-            "serve it (its costs decide which exits pay), or set CUDA_VISIBLE_DEVICES="
+            "serve it (its costs decide which exits pay), or, if vLLM here is its CPU build, set "
+            "CUDA_VISIBLE_DEVICES="
         )
 
 
