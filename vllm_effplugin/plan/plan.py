@@ -175,5 +175,5 @@ def _misplaced(boundary: Boundary, units: list[Unit], num_layers: int) -> str:
             around = (unit.first, unit.layers[-1] + 1)
             ways = [f"move it to depth {depth}" for depth in around if 0 < depth < num_layers]
             ways_out = ", or ".join([*ways, "move the group"])
-            return f"{where} lies inside the group of layers {list(unit.layers)}; {ways_out}"
+            return f"{where} lies inside the group {list(unit.layers)}; {ways_out}"
     return f"{where} must lie inside the model of {num_layers} layers, once per layer"
