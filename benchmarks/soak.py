@@ -310,10 +310,18 @@ class Soak:
 # --- Stages ---------------------------------------------------------------------------------------
 
 
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+"""glibc raises both with the blocks that are freed, up to 32 and 64 MiB, and then keeps free blocks
+of that size or not, by chance: as much as the growth that is looked for."""
+
+
 def server(name: str, model: Path, core: int, *options: str, **more: Any) -> Server:
-    """One that computes in fp32."""
+    """One that computes in fp32, and gives back what it has freed."""
     options = ("--dtype", "float32", *options)
-    return Server(name, model, core, options=options, **{"served": name, **more})
+    environment = {**GIVES_BACK, **more.pop("environment", {})}
+    return Server(
+        name, model, core, options=options, environment=environment, **{"served": name, **more}
+    )
 
 
 def build(name: str, smollm2: Path) -> Stage:
