@@ -283,7 +283,7 @@ def _serve(here: Platform, technique: str) -> Feature:
 
 
 def _prepare(here: Platform) -> Feature:
-    """Of a technique whose speed on the machine decides what is written."""
+    """Of a technique that is prepared with the CPU build only so far."""
     cpu = here.name == "cpu"
     return Feature("prepare", cpu, "" if cpu else "needs a CPU, and vLLM's CPU build")
 
