@@ -254,6 +254,36 @@ def test_bad_models_end_with_exit_code_2(
         assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("early-exit", ["--exits", "4,6"]),
+        ("edge-cloud", ["--exits", "4,6", "--partition", "6"]),
+        ("classify", ["--train", "texts.jsonl"]),
+        ("multiplex", ["--train", "texts.jsonl"]),
+    ],
+)
+def test_a_gpu_machine_is_refused_before_anything_is_read(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    options: list[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    arguments = ["effplugin", "prepare", command, str(model), str(tmp_path / "out"), *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    message = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2, message
+    assert "prepared on CPUs only so far: do it on a CPU machine" in message
+    assert "set CUDA_VISIBLE_DEVICES=" in message
+    assert not list(tmp_path.iterdir())
+
+
 def test_full_output_directory_is_not_touched(run: Run, tmp_path: Path) -> None:
     (tmp_path / "keep.txt").write_text("x")
     assert run(tmp_path, "--target-depth", "10") == 2

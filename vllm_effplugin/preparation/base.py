@@ -92,6 +92,23 @@ def check_unprepared(
         )
 
 
+def check_on_cpu(preparing: str, reason: str) -> None:
+    """Refuse a machine where torch sees a GPU.
+
+    Args:
+        preparing: what is prepared; a clause's start, such as "an edge is prepared".
+        reason: why the CPU matters; one clause.
+
+    Raises:
+        UnsupportedError: saying what to do instead.
+    """
+    if torch.cuda.is_available():
+        raise UnsupportedError(
+            f"{preparing} on CPUs only so far: do it on a CPU machine ({reason}), or, if vLLM here "
+            "is its CPU build, set CUDA_VISIBLE_DEVICES="
+        )
+
+
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """What a model's `config.json` says its weights are stored as."""
     return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))

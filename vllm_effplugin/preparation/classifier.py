@@ -30,7 +30,7 @@ from vllm_effplugin.config.checkpoint import (
 from vllm_effplugin.errors import CheckpointError, ConfigError, UnsupportedError
 from vllm_effplugin.offline import require_vllm
 from vllm_effplugin.preparation.backbone import Backbone, load_backbone
-from vllm_effplugin.preparation.base import check_unprepared, stored_dtype
+from vllm_effplugin.preparation.base import check_on_cpu, check_unprepared, stored_dtype
 
 INDEX = "model.safetensors.index.json"
 BACKBONE_FILE = "backbone.safetensors"
@@ -88,11 +88,7 @@ def check_classifiable(
         raise UnsupportedError(
             f"{model} mixes kinds of attention layers, which exits and merging do not support"
         )
-    if torch.cuda.is_available():
-        raise UnsupportedError(
-            "exits and merging are prepared on CPUs only so far: do it on a CPU machine (its "
-            "speed decides what pays), or, if vLLM here is its CPU build, set CUDA_VISIBLE_DEVICES="
-        )
+    check_on_cpu("exits and merging are prepared", "its speed decides what pays")
 
 
 def own_head(model: Path, config: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:

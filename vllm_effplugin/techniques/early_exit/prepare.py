@@ -39,6 +39,7 @@ from vllm_effplugin.offline import run_with_engine
 from vllm_effplugin.plan import build_plan
 from vllm_effplugin.preparation.base import (
     check_base,
+    check_on_cpu,
     find_text,
     fingerprint,
     load_model,
@@ -297,12 +298,7 @@ def _check_servable(
             "`none`"
         )
     check_one_kind(model, config)
-    if torch.cuda.is_available():
-        raise UnsupportedError(
-            "early exit is served on CPUs only so far: prepare it on the CPU machine that will "
-            "serve it (its costs decide which exits pay), or, if vLLM here is its CPU build, set "
-            "CUDA_VISIBLE_DEVICES="
-        )
+    check_on_cpu("early exit is prepared", "the one that will serve: its costs decide what pays")
 
 
 def check_one_kind(model: Path, config: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +23,15 @@ from vllm_effplugin.config.checkpoint import (
     stock_architecture,
 )
 from vllm_effplugin.config.provenance import collect_provenance
-from vllm_effplugin.errors import ConfigError, UnsupportedError
+from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.plan import build_plan
-from vllm_effplugin.preparation.base import check_base, find_text, fingerprint, stored_dtype
+from vllm_effplugin.preparation.base import (
+    check_base,
+    check_on_cpu,
+    find_text,
+    fingerprint,
+    stored_dtype,
+)
 from vllm_effplugin.preparation.plot import new_axes, to_png
 from vllm_effplugin.preparation.workdir import WorkDirectory
 from vllm_effplugin.techniques.early_exit.config import NEVER
@@ -225,11 +230,7 @@ def _check(model: Path, request: SplitRequest) -> None:
             f"{', '.join(LANGUAGE_MODELS)}"
         )
     check_one_kind(model, config)
-    if torch.cuda.is_available():
-        raise UnsupportedError(
-            "an edge is served on CPUs only so far: prepare it on a CPU machine, or set "
-            "CUDA_VISIBLE_DEVICES="
-        )
+    check_on_cpu("an edge is prepared", "edges are served on CPUs only")
 
 
 def _frontier(path: PricePath, held_out: Sample) -> list[Frontier]:
