@@ -310,9 +310,15 @@ class Soak:
 # --- Stages ---------------------------------------------------------------------------------------
 
 
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
-"""glibc raises both with the blocks that are freed, up to 32 and 64 MiB, and then keeps free blocks
-of that size or not, by chance: as much as the growth that is looked for."""
+GIVES_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**17),
+    "MALLOC_TRIM_THRESHOLD_": str(2**20),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+}
+"""What grows, stock or not, and looks like a leak. glibc raises its thresholds with the blocks that
+are freed, up to 32 and 64 MiB, and then keeps free blocks of that size or not, by chance. oneDNN
+keeps 1,024 primitives, a third of a MiB each: for every number of rows that a shape of weights
+met. vLLM keeps 32 for each shape beside that."""
 
 
 def server(name: str, model: Path, core: int, *options: str, **more: Any) -> Server:

@@ -36,7 +36,7 @@ TOKENS = 12
 class Upper:
     """The upper layers in plain PyTorch, for the service."""
 
-    most_streams = most_blocks = 1 << 20
+    most_streams = most_blocks = most_positions = 1 << 20
     block_size = 16
 
     def __init__(self, upper: Path) -> None:
@@ -372,6 +372,9 @@ def test_what_the_cloud_cannot_heed_is_refused(parts, tmp_path, monkeypatch):
             ({"repetition_penalty": 1.2}, "repetition_penalty.*standalone"),
             ({"min_tokens": 3, "max_tokens": 5}, "min_tokens.*standalone"),
             ({"logprobs": 1}, "logprobs"),
+            ({"logprobs": 0}, "logprobs"),
+            ({"logprob_token_ids": [3]}, "logprob_token_ids"),
+            ({"prompt_logprobs": 0}, "prompt_logprobs"),
             ({"extra_args": {"cloud_mode": "sometimes"}}, "cloud_mode"),
             ({"extra_args": {"cloud_mood": "cloud"}}, "cloud_mood"),
         ]

@@ -19,6 +19,8 @@ from fastapi.responses import Response
 from tests.e2e.server import free_port
 from tests.unit.test_edge_service import SIZE, FakeEngine, make
 from vllm_effplugin.engine.endpoint import router
+from vllm_effplugin.errors import ConfigError
+from vllm_effplugin.techniques.edge_cloud import link as module
 from vllm_effplugin.techniques.edge_cloud.link import Link, LinkSettings, Outcome
 from vllm_effplugin.techniques.edge_cloud.service import CloudService
 
@@ -55,6 +57,29 @@ def cloud(**limits: Any) -> FastAPI:
             made.contexts.close(context)
 
     return app
+
+
+def shrink(app: FastAPI, **limits: int) -> None:
+    """Limits that no configuration allows."""
+    made = app.state.effplugin_cloud
+    made.limits = made.limits.model_copy(update=limits)
+
+
+class Slow(FakeEngine):
+    """Takes its time."""
+
+    seconds = 0.5
+
+    def open(self, *args: Any) -> Any:
+        stream = super().open(*args)
+        run = stream.next
+
+        async def next(*given: Any) -> int:
+            await asyncio.sleep(self.seconds)
+            return await run(*given)
+
+        stream.next = next
+        return stream
 
 
 def service(server: Server) -> CloudService:
@@ -221,20 +246,6 @@ def test_a_link_that_was_cut_goes_on_where_it_was() -> None:
 
 
 def test_slow_answers_are_not_waited_for_and_not_given_late() -> None:
-    class Slow(FakeEngine):
-        seconds = 0.5
-
-        def open(self, *args: Any) -> Any:
-            stream = super().open(*args)
-            run = stream.next
-
-            async def next(*given: Any) -> int:
-                await asyncio.sleep(self.seconds)
-                return await run(*given)
-
-            stream.next = next
-            return stream
-
     app = cloud()
     app.state.effplugin_cloud.engine = slow = Slow()
     with linked(Server(app), deadline_s=0.2) as link:
@@ -250,15 +261,156 @@ def test_slow_answers_are_not_waited_for_and_not_given_late() -> None:
 
 
 def test_what_the_cloud_says_is_the_reason() -> None:
-    with linked(Server(cloud(sequence=10))) as link:
-        upload(link, 0, 20)
-        assert answer(link, 19).reason in ("too_long", "frame")
-        assert link.up
     with linked(server := Server(cloud())) as link:
         service(server).engine.most_streams = 0
         upload(link, 0, 5)
         assert answer(link, 4).reason == "full"
         assert link.up
+
+
+def test_a_session_that_grows_too_long_is_over_and_harms_nobody() -> None:
+    # A question that its cloud cannot answer must not be waited for: the deadline is short.
+    with linked(server := Server(cloud(sequence=10)), deadline_s=0.3) as link:
+        upload(link, 0, 10)
+        assert answer(link, 9).token == 9
+        for position in range(10, 14):
+            upload(link, position, position + 1)
+            found = answer(link, position)
+            assert (found.reason, link.state) == ("too_long", "up")
+        assert link.totals["uploaded"] == 11  # and no more goes up
+        made = service(server)
+        until(lambda: made.contexts.totals["closed"] == 1)
+        engine: Any = made.engine
+        until(lambda: engine.open_streams == 0)
+        upload(link, 0, 5, "s")
+        question(link, 4, "s")
+        assert outcomes(link)[0].token == 4
+        assert link.totals["failures"] == 0
+
+
+def test_a_full_cloud_is_asked_again_with_the_next_token_only() -> None:
+    with linked(server := Server(cloud(positions=10))) as link:
+        upload(link, 0, 8, "other")
+        question(link, 7, "other")
+        assert outcomes(link)[0].token == 7
+        [other] = list(service(server).contexts._all.values())
+        other.busy = 1  # so that it is not forgotten
+        upload(link, 0, 6)
+        assert answer(link, 5).reason == "full"
+        asked = link.totals["exchanges"]
+        time.sleep(0.3)
+        assert link.totals["exchanges"] == asked
+        other.busy = 0
+        upload(link, 6, 7)
+        assert answer(link, 6).token == 6
+        assert link.totals["failures"] == 0
+
+
+def test_a_long_upload_goes_in_messages_that_the_cloud_takes() -> None:
+    with linked(server := Server(cloud(message_bytes=1 << 20)), deadline_s=20.0) as link:
+        service(server).engine.most_blocks = 1 << 20
+        many = (3 << 20) // (4 * SIZE)  # three times what a message holds
+        upload(link, 0, many)
+        assert answer(link, many - 1).token == many - 1
+        assert link.totals["exchanges"] > 3
+        assert (link.totals["uploaded"], link.totals["repeated"]) == (many, 0)
+        assert link.totals["failures"] == 0
+        # Nor does one that starts afresh get all at once.
+        server.stop()
+        until(lambda: answer(link, many - 1).reason == "link")
+        server.app = cloud(message_bytes=1 << 20)
+        service(server).engine.most_blocks = 1 << 20
+        server.start()
+        until(lambda: link.up)
+        assert answer(link, many - 1).token == many - 1
+        assert service(server).contexts.totals["received"] == many
+
+
+def test_an_upload_that_takes_long_is_no_lost_link() -> None:
+    """A message may take longer than an answer."""
+    app = cloud()
+    inner = app.router
+
+    async def thin(scope: Any, receive: Any, send: Any) -> None:
+        async def slowly() -> Any:
+            await asyncio.sleep(0.1)
+            return await receive()
+
+        await inner(scope, slowly if scope.get("method") == "POST" else receive, send)
+
+    app.router = thin  # type: ignore[assignment]
+    server = Server(app)
+    with linked(server, deadline_s=0.3) as link:
+        service(server).engine.most_blocks = 1 << 20
+        many = (4 << 20) // (4 * SIZE)
+        began = time.monotonic()
+        upload(link, 0, many)
+        assert answer(link, many - 1).reason == "deadline"
+        until(lambda: service(server).contexts.totals["received"] == many)
+        assert time.monotonic() - began > 1.0
+        assert (link.state, link.totals["failures"]) == ("up", 0)
+        upload(link, many, many + 1)
+        assert answer(link, many).token == many
+
+
+def test_a_slow_answer_is_no_lost_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONNECT_S", 0.3)
+    app = cloud()
+    app.state.effplugin_cloud.engine = slow = Slow()
+    with linked(Server(app), deadline_s=0.2) as link:
+        slow.seconds = 1.5
+        upload(link, 0, 6)
+        assert answer(link, 5).reason == "deadline"
+        slow.seconds = 0.0
+        until(lambda: link.totals["failures"] == 1)  # nobody listens for that answer any more
+        assert link.up
+        upload(link, 0, 3, "s")
+        question(link, 2, "s")
+        assert outcomes(link)[0].token == 2
+        until(lambda: slow.ran == 9)
+        upload(link, 6, 7)
+        assert answer(link, 6).token == 6006
+        assert link.up
+
+
+def test_what_cannot_be_a_connection_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url, key, named in (
+        ("http://host:80o1", "", "80o1"),
+        ("https://", "", "no host"),
+        ("http://host", "k\xe9y", "ascii"),
+    ):
+        settings = LinkSettings(url=url, key=key, model="m", hidden_size=SIZE)
+        with pytest.raises(ConfigError, match=named):
+            Link(settings)
+
+
+def test_a_link_that_broke_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with linked(Server(cloud())) as link:
+        monkeypatch.setattr(link, "_obey", lambda: 1 / 0)
+        upload(link, 0, 3)
+        until(lambda: link.state == "broken")
+        upload(link, 3, 6)
+        link.ask("r", 5, {})
+        link.close("r")
+        assert not link._commands
+        assert not link.up
+
+
+@pytest.mark.parametrize("said", ["[]", '"ok"', "{}", "noise", '{"model": "m"}'])
+def test_what_is_no_cloud_is_looked_at_again(said: str) -> None:
+    """A proxy may answer while the cloud starts."""
+    app = FastAPI()
+    described = cloud().state.effplugin_cloud.describe()
+    ready = threading.Event()
+
+    @app.get("/v1/edge_cloud")
+    def there() -> Any:
+        return described if ready.is_set() else Response(said, media_type="application/json")
+
+    with linked(Server(app), wait=False) as link:
+        until(lambda: "does not describe a cloud" in link.state)
+        ready.set()
+        until(lambda: link.up)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +446,8 @@ def test_broken_replies_are_a_broken_link(body: bytes | None) -> None:
 
 
 def test_bad_messages_get_400() -> None:
-    server = Server(cloud(message_bytes=1000))
+    server = Server(app := cloud())
+    shrink(app, message_bytes=1000)
     try:
         url = f"http://127.0.0.1:{server.port}/v1/edge_cloud/exchange"
         assert httpx.post(url, content=b"noise" * 20).status_code == 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -54,6 +55,7 @@ class FakeStream:
 
 class FakeEngine:
     hidden_size, most_streams, most_blocks, block_size = SIZE, 2, 8, 4
+    most_positions = 1 << 20
 
     def __init__(self) -> None:
         self.ran, self.open_streams, self.breaks = 0, 0, False
@@ -175,6 +177,39 @@ def test_bad_frames_harm_no_other() -> None:
         assert "'m', not of 'other'" in told["model"].json()["message"]
         assert [r.token()[0] for r in replies if r.kind is Kind.TOKEN] == [4]
         assert any("top_p" in r.json().get("message", "") for r in replies if r.kind is Kind.ERROR)
+
+    run(talk())
+
+
+def test_a_session_is_no_longer_than_the_engine_takes() -> None:
+    async def talk() -> None:
+        for service in (make(), make(sequence=50)):
+            service.engine.most_positions = 5
+            service = CloudService(service.config, service.engine)
+            assert service.describe()["limits"]["sequence"] == 5
+            began = time.monotonic()
+            replies = await say(service, opened(), states(0, 5), states(5, 6), ask(5))
+            assert [reply.kind for reply in replies] == [Kind.ERROR, Kind.HELD]
+            assert replies[0].json()["code"] == "too_long"
+            [told] = [r for r in await say(service, ask(5)) if r.kind is Kind.ERROR]
+            assert told.json()["code"] == "too_long"
+            [_, token] = await say(service, ask(4))
+            assert token.token()[0] == 4
+            assert time.monotonic() - began < module.MISSING_S / 2
+
+    run(talk())
+
+
+def test_who_waits_for_a_session_that_ends_is_told_at_once() -> None:
+    async def talk() -> None:
+        service = make()
+        began = time.monotonic()
+        waiting = asyncio.ensure_future(say(service, opened(), states(0, 3), ask(7)))
+        await asyncio.sleep(0.05)
+        await say(service, Frame(Kind.CLOSE, ONE))
+        assert [reply.kind for reply in await waiting] == [Kind.HELD, Kind.REPLAY]
+        assert time.monotonic() - began < module.MISSING_S / 2
+        assert not service._parts
 
     run(talk())
 

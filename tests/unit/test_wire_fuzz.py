@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_edge_link import cloud
+from tests.unit.test_edge_link import cloud, shrink
 from vllm_effplugin.techniques.edge_cloud import service
 from vllm_effplugin.techniques.edge_cloud.config import CloudConfig
 from vllm_effplugin.techniques.edge_cloud.contexts import Limits
@@ -144,13 +144,16 @@ def at_once() -> AbstractContextManager[Any]:
     return mock.patch.object(service, "MISSING_S", 0.0)
 
 
-CLIENT = TestClient(cloud(message_bytes=1000))
+APP = cloud()
+shrink(APP, message_bytes=1000)
+CLIENT = TestClient(APP)
 
 
 class Engine:
     """Says 7 to whatever it is asked."""
 
     hidden_size, most_streams, most_blocks, block_size = SIZE, 4, 64, 16
+    most_positions = 1 << 20
 
     def open(self, name: str, salt: str) -> Engine:
         return self

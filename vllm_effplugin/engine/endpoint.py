@@ -52,9 +52,10 @@ class Endpoints:
             return
         if (getattr(args, "api_server_count", None) or 1) > 1:
             raise UnsupportedError(
-                "--api-server-count > 1 is not supported with the cloud of a split model, whose "
-                "sessions live in one API server: leave it at 1, and scale out with "
-                "--data-parallel-size or with replicas behind a router"
+                "--api-server-count > 1, which --data-parallel-size > 1 stands for as well, is not "
+                "supported with the cloud of a split model, whose sessions live in one API server: "
+                "set --api-server-count 1, and scale out with --data-parallel-size or with "
+                "replicas behind a router"
             )
         totals = publish_for(state, engine_client.vllm_config, CLOUD_TOTALS, "cloud")
         service = CloudService(config, _Engine(engine_client), totals)
@@ -72,7 +73,7 @@ async def describe(request: Request) -> dict[str, Any]:
 async def exchange(request: Request) -> StreamingResponse:
     """Frames in, frames out (techniques/edge_cloud/wire.py)."""
     service = _service(request)
-    most = service.config.limits.message_bytes
+    most = service.limits.message_bytes
     reader = FrameReader(service.engine.hidden_size, most)
     frames: list[Frame] = []
     size = 0
@@ -116,6 +117,8 @@ class _Engine:
         self.hidden_size = int(config.model_config.get_hidden_size())
         self.most_streams = config.scheduler_config.max_num_seqs * replicas
         self.block_size = config.cache_config.block_size
+        # Room for a token behind them, which the engine wants although it drops it.
+        self.most_positions = config.model_config.max_model_len - 1
         # One block of each engine is nobody's.
         self.most_blocks = (config.cache_config.num_gpu_blocks or 0) - replicas
 

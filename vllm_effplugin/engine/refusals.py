@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from vllm_effplugin.config import CLASSIFIERS
 from vllm_effplugin.engine.settings import (
+    CLOUD_KEY,
     CLOUD_URL,
     CLOUD_WORKERS,
     SCHEDULER,
@@ -24,8 +25,9 @@ from vllm_effplugin.engine.settings import (
     verifies,
     why_not_on_a_gpu,
 )
-from vllm_effplugin.errors import UnsupportedError
+from vllm_effplugin.errors import ConfigError, UnsupportedError
 from vllm_effplugin.plan import Plan
+from vllm_effplugin.techniques.edge_cloud.link import cloud_client
 from vllm_effplugin.techniques.layer_parallel.placement import check_placement
 
 if TYPE_CHECKING:
@@ -211,6 +213,11 @@ def on_an_edge(vllm_config: VllmConfig, mode: str) -> None:
             f"an edge in mode {mode!r} has to know its cloud: set {CLOUD_URL} to the cloud's URL, "
             "or `mode` in `edge_cloud` of the efficiency block to `standalone`"
         )
+    if url := os.environ.get(CLOUD_URL):
+        try:
+            cloud_client(url, os.environ.get(CLOUD_KEY, ""), deadline_s=1.0)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (set {CLOUD_URL} and {CLOUD_KEY})") from None
     if vllm_config.use_v2_model_runner:
         raise UnsupportedError(
             "vLLM's model runner V2 is not supported with `edge_cloud` yet, where no request has "

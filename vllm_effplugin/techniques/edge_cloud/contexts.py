@@ -32,11 +32,13 @@ class Limits(BaseModel):
     positions: int = Field(
         1 << 20, ge=1, description="Positions whose hidden states are held, over all sessions."
     )
-    sequence: int = Field(8192, ge=1, description="Positions of one session.")
+    sequence: int | None = Field(
+        None, ge=1, description="Positions of one session; never more than --max-model-len allows."
+    )
     ahead: int = Field(
         1024, ge=0, description="Positions of a session held before those in front of them came."
     )
-    message_bytes: int = Field(64 << 20, ge=1, description="Of one request's body.")
+    message_bytes: int = Field(64 << 20, ge=1 << 20, description="Of one request's body.")
     idle_s: float = Field(
         60.0, gt=0, description="Seconds after which an unused session loses its cache."
     )
@@ -96,8 +98,6 @@ class Context:
             LimitError: where it does not fit.
         """
         end = position + len(states)
-        if end > limits.sequence:
-            raise LimitError("too_long", f"a session has at most {limits.sequence} positions")
         before = self.kept
         if position > self.held:
             if end - self.held > limits.ahead:
@@ -123,9 +123,16 @@ class Context:
 
     def pending(self, end: int) -> np.ndarray:
         """Hidden states of positions from `computed` up to `end`, `[n, d]`."""
-        if len(self._parts) > 1:
-            self._parts = [np.concatenate(self._parts)]
-        return self._parts[0][self.computed : end]
+        # From behind: what was computed long ago is not copied for each token.
+        found: list[np.ndarray] = []
+        first = self.held
+        for part in reversed(self._parts):
+            first -= len(part)
+            if first < end:
+                found.append(part[max(0, self.computed - first) : end - first])
+            if first <= self.computed:
+                break
+        return found[0] if len(found) == 1 else np.concatenate(found[::-1])
 
 
 class Contexts:
@@ -195,12 +202,23 @@ class Contexts:
         Raises:
             LimitError: where there is no room for it.
         """
+        self.check_length(position + len(states))
         while self._positions + len(states) > self.limits.positions:
             self._forget_one("positions", but=context)
         new = context.add(position, states, self.limits)
         self._positions += new
         self.totals.add("received", new)
         self.totals.add("repeated", len(states) - new)
+
+    def check_length(self, positions: int) -> None:
+        """Refuse a session of so many positions.
+
+        Raises:
+            LimitError: where that is too long.
+        """
+        most = self.limits.sequence
+        if most is not None and positions > most:
+            raise LimitError("too_long", f"a session has at most {most} positions")
 
     def take(self, context: Context, position: int) -> np.ndarray:
         """What the engine has to compute for the token behind a position; `[n, d]`, n > 0."""

@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_effplugin.engine.counters import Counters
+from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.edge_cloud.config import Transport
 from vllm_effplugin.techniques.edge_cloud.totals import LINK_TOTALS
 from vllm_effplugin.techniques.edge_cloud.wire import (
@@ -49,8 +51,17 @@ KEPT_S = 3.0
 """Seconds that an unused connection is kept: less than the five after which vLLM's server closes
 it, or a message might be sent into a connection that is just being closed."""
 
-MESSAGE_BYTES = 8 << 20
-"""Of one message, so that a long prompt does not hold up what others ask."""
+MESSAGE_BYTES = 2 << 20
+"""Of one message, so that a long prompt does not hold up what others ask, and so that what lies in
+this machine's buffers reaches the cloud within `CONNECT_S` over a link of 10 Mbit/s."""
+APPEND_BYTES = 1 << 18
+"""Of one frame's hidden states, if that is not one position."""
+ROOM_BYTES = 1 << 16
+"""Of a message, left for what is no hidden states."""
+PIECE_BYTES = 1 << 16
+"""That have to be taken within `CONNECT_S`."""
+MOST_CLOSED = 1000
+"""Sessions that one message closes."""
 
 ANSWER_BYTES = 1 << 16
 
@@ -66,6 +77,44 @@ class LinkSettings(BaseModel):
     hidden_size: int = Field(ge=1)
     encoding: Transport = "fp16"
     deadline_s: float = Field(1.0, gt=0, description="For a token, from question to answer.")
+
+
+class _CloudLimits(BaseModel):
+    message_bytes: int = Field(ge=2 * APPEND_BYTES)
+
+
+class _Cloud(BaseModel):
+    """How a cloud describes itself, as far as an edge wants to know."""
+
+    model: str
+    hidden_size: int
+    limits: _CloudLimits
+
+
+def cloud_client(url: str, key: str, deadline_s: float) -> httpx.AsyncClient:
+    """A client of the cloud at `url`.
+
+    Args:
+        key: API key of the cloud; empty without one.
+        deadline_s: for an answer.
+
+    Raises:
+        ConfigError: where the URL, the key, or a proxy of the environment cannot be used.
+    """
+    headers = {SESSION_HEADER: secrets.token_hex(8)}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    limits = httpx.Limits(
+        max_connections=128, max_keepalive_connections=32, keepalive_expiry=KEPT_S
+    )
+    # A connection may be silent for as long as an answer may take, and a little longer.
+    timeout = httpx.Timeout(CONNECT_S, read=deadline_s + CONNECT_S)
+    try:
+        if not httpx.URL(url).host:
+            raise ValueError("it names no host")
+        return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout)
+    except (httpx.InvalidURL, ValueError, ImportError) as error:
+        raise ConfigError(f"the cloud at {url!r} cannot be spoken to: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -104,6 +153,9 @@ class _Talk:
         asked_in: number of the message that it was sent in.
         unheard: number of a message whose frames of this session the cloud has said nothing of yet.
             Messages may overtake each other, so that until then nothing more of it is sent.
+        refused: whether the cloud would not have what it was sent. It is tried again with the next
+            question.
+        over: why the cloud will never give a token of it.
     """
 
     session: bytes
@@ -116,6 +168,8 @@ class _Talk:
     unsent: bool = False
     asked_in: int = 0
     unheard: int | None = None
+    refused: bool = False
+    over: str | None = None
 
     def asks(self, position: int) -> bool:
         """Whether this is what it waits for."""
@@ -130,9 +184,14 @@ class _Talk:
 
 def _asks_now(talk: _Talk) -> bool:
     """Whether something has to be sent that an answer depends on."""
-    if talk.unheard is not None or talk.question is None:
+    if talk.unheard is not None or talk.refused or talk.question is None:
         return False
     return talk.unsent or talk.next_chunk < len(talk.chunks)
+
+
+def _next_bytes(talk: _Talk) -> int:
+    """Of what has to be sent of a request at least, if anything is."""
+    return talk.chunks[talk.next_chunk].size if talk.next_chunk < len(talk.chunks) else 0
 
 
 class Link:
@@ -141,13 +200,17 @@ class Link:
     Args:
         settings: where the cloud is.
         totals: what it counts (totals.py).
+
+    Raises:
+        ConfigError: where there can be no connection at all.
     """
 
     def __init__(self, settings: LinkSettings, totals: Counters | None = None) -> None:
         self.settings = settings
+        self._client = cloud_client(settings.url, settings.key, settings.deadline_s)
         self.totals = Counters(LINK_TOTALS) if totals is None else totals
         self.state = "down"
-        """`up`, `down`, or why the cloud turned this edge away. Changed by `_become` alone."""
+        """`up`, `down`, `broken`, or why the cloud turned this edge away. Changed by `_become`."""
         self._encoding = Encoding[settings.encoding.upper()]
         self._commands: deque[tuple[Any, ...]] = deque()
         self._answers: deque[Outcome] = deque()
@@ -157,8 +220,11 @@ class Link:
         self._by_session: dict[bytes, str] = {}
         self._closed: list[bytes] = []
         self._heard = 0.0
+        self._sending: dict[int, float] = {}
         self._in_flight = 0
         self._messages = 0
+        self._times_up = 0
+        self._most_bytes = MESSAGE_BYTES
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -183,21 +249,25 @@ class Link:
         new = states[known - position :]
         if len(new):
             self._added[request] = known + len(new)
-            self._commands.append(("add", request, known, new))
+            self._tell("add", request, known, new)
 
     def ask(self, request: str, position: int, sampling: Mapping[str, Any]) -> None:
         """Ask for the token behind a position. What lies before it has been handed over."""
         self._waiting[request] = position, time.monotonic()
         self.totals.add("questions", 1)
         self.totals.set("waiting", len(self._waiting))
-        self._commands.append(("ask", request, position, dict(sampling)))
+        self._tell("ask", request, position, dict(sampling))
 
     def close(self, request: str) -> None:
         """A request has ended."""
         self._waiting.pop(request, None)
         self.totals.set("waiting", len(self._waiting))
         self._added.pop(request, None)
-        self._commands.append(("close", request))
+        self._tell("close", request)
+
+    def _tell(self, *command: Any) -> None:
+        if self.state != "broken":  # else nobody is there who would take it in
+            self._commands.append(command)
 
     def flush(self) -> None:
         """Have what was handed over sent."""
@@ -217,7 +287,7 @@ class Link:
         for request, (position, began) in list(self._waiting.items()):
             if now - began > self.settings.deadline_s:
                 del self._waiting[request]
-                self._commands.append(("late", request, position, began))
+                self._tell("late", request, position, began)
                 self.flush()
                 yield self._over(Outcome(request, position, None, "deadline", now - began))
         self.totals.set("waiting", len(self._waiting))
@@ -242,21 +312,12 @@ class Link:
         except Exception:
             logger.exception("the link to the cloud broke down; the edge goes on alone")
             self._become("broken")
+            self._commands.clear()
         finally:
             self._loop.close()
 
     async def _talk_on(self) -> None:
-        headers = {SESSION_HEADER: secrets.token_hex(8)}
-        if self.settings.key:
-            headers["Authorization"] = f"Bearer {self.settings.key}"
-        limits = httpx.Limits(
-            max_connections=128, max_keepalive_connections=32, keepalive_expiry=KEPT_S
-        )
-        # A connection may be silent for as long as an answer may take, and a little longer.
-        timeout = httpx.Timeout(CONNECT_S, read=self.settings.deadline_s + CONNECT_S)
-        async with httpx.AsyncClient(
-            base_url=self.settings.url, headers=headers, limits=limits, timeout=timeout
-        ) as client:
+        async with self._client as client:
             probing = asyncio.ensure_future(self._probe(client))
             try:
                 while self._obey():
@@ -273,30 +334,49 @@ class Link:
         while self._commands:
             match self._commands.popleft():
                 case ("add", request, position, states):
-                    talk = self._talk(request)
-                    talk.chunks.append(append_frame(talk.session, position, states, self._encoding))
+                    self._append(self._talk(request), position, states)
                 case ("ask", request, position, sampling):
-                    if not self.up:
-                        self._answers.append(Outcome(request, position, None, "link"))
-                        continue
                     talk = self._talk(request)
+                    if talk.over is not None or not self.up:
+                        reason = talk.over or "link"
+                        self._answers.append(Outcome(request, position, None, reason))
+                        continue
+                    if talk.refused:
+                        talk.refused = False
+                        talk.rewind(talk.held)
                     talk.question = json_frame(Kind.ASK, talk.session, sampling, position)
                     talk.unsent = True
                 case ("late", request, position, began):
                     known = self._talks.get(request)
                     if known is not None and known.asks(position):
                         known.question = None
-                    if self._heard < began and self.up:
-                        self._go_down("deadline")  # silence, not slowness
+                    # Silence, not slowness, unless an upload is still on its way.
+                    sent = max(self._sending.values(), default=-math.inf)
+                    uploading = time.monotonic() < sent + CONNECT_S
+                    if self._heard < began and self.up and not uploading:
+                        self._go_down("deadline")
                 case ("close", request):
                     known = self._talks.pop(request, None)
                     if known is not None:
                         del self._by_session[known.session]
-                        if known.opened and self.up:
-                            self._closed.append(known.session)
+                        self._leave(known)
                 case ("stop",):
                     return False
         return True
+
+    def _append(self, talk: _Talk, position: int, states: np.ndarray) -> None:
+        if talk.over is not None:
+            return
+        step = max(1, APPEND_BYTES // self._encoding.size(1, self.settings.hidden_size))
+        for first in range(0, len(states), step):
+            part = states[first : first + step]
+            talk.chunks.append(append_frame(talk.session, position + first, part, self._encoding))
+
+    def _leave(self, talk: _Talk) -> None:
+        """The cloud may forget a session."""
+        if talk.opened and self.up:
+            self._closed.append(talk.session)
+        talk.opened = False
 
     def _talk(self, request: str) -> _Talk:
         talk = self._talks.get(request)
@@ -320,45 +400,54 @@ class Link:
 
     def _collect(self) -> list[Frame]:
         frames: list[Frame] = []
-        size = 0
+        size = ROOM_BYTES
         number = self._messages + 1
         talks = sorted(self._talks.values(), key=_asks_now, reverse=True)
         for talk in talks:
-            if talk.unheard is not None:
+            if talk.unheard is not None or talk.refused:
                 continue
             if not _asks_now(talk) and talk.next_chunk == len(talk.chunks):
                 continue
-            if size > MESSAGE_BYTES:
-                break
+            if size + _next_bytes(talk) > self._most_bytes:
+                break  # a message of its own, later
             talk.unheard = number
             if not talk.opened:
                 talk.opened = True
                 content = {"model": self.settings.model}
                 frames.append(json_frame(Kind.OPEN, talk.session, content))
             for chunk in talk.chunks[talk.next_chunk :]:
+                if size + chunk.size > self._most_bytes:
+                    break
                 frames.append(chunk)
-                size += len(chunk.payload)
+                size += chunk.size
+                talk.next_chunk += 1
                 end = chunk.position + chunk.count
                 new = max(0, end - max(talk.told, chunk.position))
                 self.totals.add("uploaded", new)
                 self.totals.add("repeated", chunk.count - new)
                 talk.told = max(talk.told, end)
-            talk.next_chunk = len(talk.chunks)
-            if talk.question is not None and talk.unsent:
+            everything = talk.next_chunk == len(talk.chunks)
+            if talk.question is not None and talk.unsent and everything:
                 frames.append(talk.question)
+                size += talk.question.size
                 talk.unsent, talk.asked_in = False, number
-        frames += [Frame(Kind.CLOSE, session) for session in self._closed]
-        self._closed.clear()
+        frames += [Frame(Kind.CLOSE, session) for session in self._closed[:MOST_CLOSED]]
+        del self._closed[:MOST_CLOSED]
         self._messages += bool(frames)
         return frames
 
     async def _exchange(self, client: httpx.AsyncClient, frames: list[Frame], number: int) -> None:
+        began, times_up = time.monotonic(), self._times_up
         message = b"".join(frame.pack() for frame in frames)
+        headers = {"Content-Length": str(len(message))}
         self.totals.add("exchanges", 1)
         self.totals.add("bytes_up", len(message))
         reader = FrameReader(self.settings.hidden_size, ANSWER_BYTES)
         try:
-            async with client.stream("POST", f"{PATH}/exchange", content=message) as response:
+            async with client.stream(
+                "POST", f"{PATH}/exchange", content=self._pieces(message, number), headers=headers
+            ) as response:
+                self._sending.pop(number, None)
                 if response.status_code != 200:
                     await response.aread()
                     raise httpx.HTTPStatusError(
@@ -375,12 +464,28 @@ class Link:
             self._unanswered(frames, number)
         except (httpx.HTTPError, WireError) as error:
             self.totals.add("failures", 1)
-            self._go_down(f"{type(error).__name__}: {error}")
+            if isinstance(error, httpx.ReadTimeout) and self._heard > began:
+                self._unanswered(frames, number, lost=True)  # slow, but there
+            elif times_up == self._times_up:  # else of a time before the link was lost
+                self._go_down(f"{type(error).__name__}: {error}")
         finally:
+            self._sending.pop(number, None)
             self._in_flight -= 1
             self._wake.set()
 
-    def _unanswered(self, frames: list[Frame], number: int) -> None:
+    async def _pieces(self, message: bytes, number: int) -> AsyncIterator[bytes]:
+        """A body in pieces, so that a timeout is about one of them, and progress can be seen."""
+        for first in range(0, len(message), PIECE_BYTES):
+            yield message[first : first + PIECE_BYTES]
+            if len(message) > PIECE_BYTES:
+                self._sending[number] = time.monotonic()
+
+    def _unanswered(self, frames: list[Frame], number: int, *, lost: bool = False) -> None:
+        """No more replies come to a message.
+
+        Args:
+            lost: whether that says nothing of what arrived.
+        """
         for session in {frame.session for frame in frames}:
             request = self._by_session.get(session)
             if request is None:
@@ -388,6 +493,8 @@ class Link:
             talk = self._talks[request]
             if talk.unheard == number:
                 talk.unheard = None
+                if lost:
+                    talk.rewind(talk.held)
             if talk.question is not None and talk.asked_in == number and not talk.unsent:
                 self._end(request, talk, "link")
 
@@ -418,6 +525,12 @@ class Link:
             code = str(said.get("code", "error"))
             if code == "model":
                 self._turned_away(str(said.get("message")))
+            if code == "too_long":  # and gets no shorter
+                talk.over = code
+                talk.chunks.clear()
+                talk.next_chunk = 0
+                self._leave(talk)
+            talk.refused = True
             self._end(request, talk, code)
 
     def _end(self, request: str, talk: _Talk, reason: str) -> None:
@@ -429,6 +542,7 @@ class Link:
     # --- Up and down -----------------------------------------------------------------------------
 
     def _become(self, state: str) -> None:
+        self._times_up += state == "up"
         self.state = state
         self.totals.set("up", self.up)
 
@@ -438,7 +552,7 @@ class Link:
             self._become("down")
         for request, talk in self._talks.items():
             # What it held may be lost, or not: its first reply will say.
-            talk.opened, talk.unheard = False, None
+            talk.opened, talk.unheard, talk.refused = False, None, talk.over is not None
             talk.rewind(talk.held)
             self._end(request, talk, "link")
 
@@ -451,20 +565,27 @@ class Link:
         """Find out when the cloud is there, and whether it is the right one."""
         while True:
             if not self.up:
-                with contextlib.suppress(httpx.HTTPError, ValueError):
+                with contextlib.suppress(httpx.HTTPError):
                     response = await client.get(PATH, timeout=PROBE_TIMEOUT_S)
                     if response.status_code == 200:
-                        self._meet(response.json())
+                        self._meet(response.content)
                     elif response.status_code in (401, 403, 404):
                         self._turned_away(f"HTTP {response.status_code}: {response.text[:200]}")
             await asyncio.sleep(PROBE_S)
 
-    def _meet(self, cloud: Mapping[str, Any]) -> None:
-        ours = self.settings.model, self.settings.hidden_size
-        theirs = cloud.get("model"), cloud.get("hidden_size")
-        if ours != theirs:
-            self._turned_away(f"it is the cloud of {theirs[0]!r}, this is an edge of {ours[0]!r}")
+    def _meet(self, said: bytes) -> None:
+        try:
+            cloud = _Cloud.model_validate_json(said)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            place = ".".join(map(str, wrong["loc"])) or "it"
+            self._turned_away(f"what is there does not describe a cloud: {place}: {wrong['msg']}")
             return
+        ours = self.settings.model, self.settings.hidden_size
+        if ours != (cloud.model, cloud.hidden_size):
+            self._turned_away(f"it is the cloud of {cloud.model!r}, this is an edge of {ours[0]!r}")
+            return
+        self._most_bytes = min(MESSAGE_BYTES, cloud.limits.message_bytes)
         logger.info("the cloud is there")
         self._become("up")
         self._wake.set()

@@ -36,17 +36,22 @@ def requested_mode(config: EdgeConfig, extra_args: Mapping[str, Any] | None) -> 
         raise ConfigError(problems) from None
 
 
-# What a cloud cannot draw a token with. vLLM's name of each, and its neutral value.
+# What a cloud cannot draw a token with, or say of one. vLLM's name of each, and its neutral value
+# besides None and nothing at all.
 _EDGE_ONLY: Mapping[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
     "min_tokens": 0,
     "logprobs": None,
+    "logprob_token_ids": None,
+    "prompt_logprobs": None,
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": None,
     "structured_outputs": None,
+    "thinking_token_budget": None,
+    "trace_decode_token_ids": None,
 }
 SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "seed")
 """What a cloud draws a token with."""
@@ -64,7 +69,8 @@ def check_sampling(params: Any, mode: Mode) -> None:
     if mode == "standalone":
         return
     for name, neutral in _EDGE_ONLY.items():
-        if (getattr(params, name, neutral) or neutral) != neutral:
+        # `logprobs` is 0 where those of the tokens themselves are wanted.
+        if getattr(params, name, neutral) not in (neutral, None, [], {}):
             raise ConfigError(
                 f"{name} is not supported where the cloud may give tokens: leave it out, or ask "
                 f'for "{NAME}": "standalone"'

@@ -70,6 +70,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def most_positions(self) -> int:
+        """Positions of a request."""
+        ...
+
+    @property
     def most_streams(self) -> int:
         """Requests that it holds at a time."""
         ...
@@ -118,8 +123,10 @@ class CloudService:
 
     def __init__(self, config: CloudConfig, engine: Engine, totals: Counters | None = None) -> None:
         self.config, self.engine = config, engine
+        most = min(config.limits.sequence or engine.most_positions, engine.most_positions)
+        self.limits = config.limits.model_copy(update={"sequence": most})
         self.totals = Counters(CLOUD_TOTALS) if totals is None else totals
-        self.contexts = Contexts(config.limits, self._release, self.totals)
+        self.contexts = Contexts(self.limits, self._release, self.totals)
         self._parts: dict[Context, _Part] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: set[asyncio.Task[Any]] = set()
@@ -140,7 +147,7 @@ class CloudService:
             "model": self.config.model,
             "partition": self.config.partition,
             "hidden_size": self.engine.hidden_size,
-            "limits": self.config.limits.model_dump(),
+            "limits": self.limits.model_dump(),
         }
 
     async def exchange(self, owner: Owner, frames: Iterable[Frame]) -> AsyncIterator[Frame]:
@@ -151,6 +158,7 @@ class CloudService:
         """
         heard: dict[bytes, Context | None] = {}
         asked: list[tuple[Context, Frame]] = []
+        refused: set[bytes] = set()
         for frame in frames:
             try:
                 context = self._hear(owner, frame)
@@ -159,12 +167,17 @@ class CloudService:
                         heard[frame.session] = None
                     continue
                 heard[frame.session] = context
-                if frame.kind is Kind.ASK:
+                # Whose states were refused was told why, and they will not come.
+                missing = frame.session in refused and context.held <= frame.position
+                if frame.kind is Kind.ASK and not missing:
                     asked.append((context, frame))
-            except LimitError as error:
-                yield self._refused(frame, error.code, str(error))
-            except WireError as error:
-                yield self._refused(frame, "frame", str(error))
+            except (LimitError, WireError) as error:
+                refused.add(frame.session)
+                known = self.contexts.find(owner, frame.session)
+                if known is not None:
+                    heard[frame.session] = known
+                code = error.code if isinstance(error, LimitError) else "frame"
+                yield self._refused(frame, code, str(error))
         for session, context in heard.items():
             if context is None:  # unknown here: never opened, forgotten, or somebody else's
                 self.totals.add("replays", 1)
@@ -204,6 +217,7 @@ class CloudService:
         context.busy += 1
         try:
             sampling = _sampling(frame.json())
+            self.contexts.check_length(position + 1)
             part = self._part(context)
             async with part.lock:
                 if context.answered is not None and context.answered[0] == position:
@@ -236,14 +250,14 @@ class CloudService:
     async def _has(self, context: Context, part: _Part, position: int) -> bool:
         """Whether the hidden states up to a position are there, or come soon."""
         deadline = time.monotonic() + MISSING_S
-        while context.held <= position:
+        while context.held <= position and not context.closed:
             part.arrived.clear()
             left = deadline - time.monotonic()
             try:
                 await asyncio.wait_for(part.arrived.wait(), max(0.0, left))
             except TimeoutError:
                 return False
-        return True
+        return not context.closed
 
     async def _compute(
         self, context: Context, part: _Part, position: int, sampling: Sampling
@@ -295,7 +309,10 @@ class CloudService:
 
     def _release(self, context: Context) -> None:
         part = self._parts.pop(context, None)
-        if part is not None and part.stream is not None:
+        if part is None:
+            return
+        part.arrived.set()  # who waits for more may find that none will come
+        if part.stream is not None:
             # Taken out: who waits for its token may find it gone.
             stream, part.stream = part.stream, None
             self._streams -= 1

@@ -100,6 +100,11 @@ class Frame:
     encoding: Encoding = Encoding.NONE
     payload: bytes = b""
 
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        return HEADER_BYTES + len(self.payload)
+
     def pack(self) -> bytes:
         """As bytes."""
         head = _BEFORE_CHECKSUM.pack(
