@@ -79,9 +79,7 @@ LAST_SESSION = 4
 FORGET_S = 15.0
 
 STEP = 64
-"""Tokens of a step at most. vLLM's CPU backend keeps what oneDNN made for each number of tokens,
-which looks like a leak until it has seen all of them.
-"""
+"""Tokens of a step at most, so that prompts run in chunks."""
 
 SMALL = ("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", str(STEP))
 LANGUAGE = (

@@ -210,6 +210,23 @@ def test_parts_of_split_models_are_refused(tiny, monkeypatch, efficiency, option
         build(tiny(), efficiency=efficiency, **options)
 
 
+@pytest.mark.parametrize("mode", ["collaborative", "standalone"])
+@pytest.mark.parametrize(
+    ("url", "key", "named"),
+    [
+        ("http://host:80o1", "", "80o1"),
+        ("https://", "", "no host"),
+        ("host:8001", "", "http"),
+        ("http://host", "k\xe9y", "ascii"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(tiny, monkeypatch, mode, url, key, named):
+    monkeypatch.setenv("EFFPLUGIN_CLOUD_URL", url)
+    monkeypatch.setenv("EFFPLUGIN_CLOUD_API_KEY", key)
+    with pytest.raises(ValueError, match=f"(?s){named}.*set EFFPLUGIN_CLOUD_URL"):
+        build(tiny(), efficiency=edge(edge_cloud={"mode": mode}))
+
+
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory):
     """A Llama with untrained gates that keep states."""

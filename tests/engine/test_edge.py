@@ -361,6 +361,7 @@ def test_the_cloud_draws_as_the_request_says(parts, tmp_path, monkeypatch):
 
 @pytest.mark.refuses("edge", "penalties, biases, allowed tokens")
 @pytest.mark.refuses("edge", "logprobs")
+@pytest.mark.refuses("edge", "prompt logprobs")
 def test_what_the_cloud_cannot_heed_is_refused(parts, tmp_path, monkeypatch):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError

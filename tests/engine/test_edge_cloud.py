@@ -131,6 +131,7 @@ async def everything(service: CloudService, whole: Whole) -> None:
     await many(service, whole)
     await refused(service, whole)
     await drawn(service, whole)
+    await to_the_end(service, whole)
     await crowded(service, whole)
 
 
@@ -177,6 +178,23 @@ async def drawn(service: CloudService, whole: Whole) -> None:
     assert set(seen[0]) == set(best.tolist())
     # Five standard deviations.
     assert abs(seen[0].count(int(best[0])) / 100 - share) < 0.25
+
+
+async def to_the_end(service: CloudService, whole: Whole) -> None:
+    """vLLM checks the length of each piece of a session, not that of all."""
+    most, session = 255, bytes([101]) * 16  # --max-model-len 256, and a token behind them
+    assert service.describe()["limits"]["sequence"] == most
+    ids = [random.Random(9).randrange(3, VOCAB) for _ in range(most + 1)]
+    states, _ = whole.run(ids)
+    await say(service, json_frame(Kind.OPEN, session, {"model": service.config.model}))
+    for start, end in ((0, 200), (200, most - 1), (most - 1, most)):
+        upload = append_frame(session, start, states[start:end], Encoding.FP32)
+        [_, answer] = await say(service, upload, json_frame(Kind.ASK, session, {}, end - 1))
+        assert answer.token()[0] == whole.run(ids[:end])[1]
+    more = append_frame(session, most, states[most:], Encoding.FP32)
+    [error, held] = await say(service, more, json_frame(Kind.ASK, session, {}, most))
+    assert (error.json()["code"], held.position) == ("too_long", most)
+    await say(service, Frame(Kind.CLOSE, session))
 
 
 async def crowded(service: CloudService, whole: Whole) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import secrets
 import threading
 import time
@@ -71,7 +72,7 @@ class LinkSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: str = Field(pattern=r"^https?://", description="Of the cloud, without a path.")
+    url: str = Field(description="Of the cloud, without a path.")
     key: str = Field("", repr=False, description="API key of the cloud.")
     model: str = Field(min_length=1, description="Names the unsplit model's weights.")
     hidden_size: int = Field(ge=1)
@@ -110,6 +111,8 @@ def cloud_client(url: str, key: str, deadline_s: float) -> httpx.AsyncClient:
     # A connection may be silent for as long as an answer may take, and a little longer.
     timeout = httpx.Timeout(CONNECT_S, read=deadline_s + CONNECT_S)
     try:
+        if not re.match(r"https?://", url):
+            raise ValueError("it begins with neither http:// nor https://")
         if not httpx.URL(url).host:
             raise ValueError("it names no host")
         return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout)
