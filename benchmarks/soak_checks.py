@@ -12,7 +12,7 @@ from typing import Any
 from servers import total
 from soak_traffic import Ask, Reply
 
-GROWTH_MIB = 32.0
+GROWTH_MIB = 8.0
 """What a server may grow by, from the end of its warm-up on. See docs/soak.md for why."""
 
 FEWEST_CHARACTERS = 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def split(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.works("edge", "cloud")
+@pytest.mark.works("edge", "streaming")
 def test_two_servers_give_the_whole_models_text(tmp_path, monkeypatch):
     whole, cloud = split(tmp_path)
     for name in ("of-cloud", "of-edge", "again"):
@@ -88,9 +90,16 @@ def check_answers(lower: httpx.Client, upper: httpx.Client, whole: Path) -> None
     assert origins(answer) == {"cloud": 16}
     assert answer.json()["choices"][0]["token_ids"] == expected[0, len(WORDS) :].tolist()
     assert set(origins(mixed)) == {"edge", "cloud"}
+    plain = ask(lower, stream=True, vllm_xargs={"cloud_mode": "cloud"})
+    events = [line[6:] for line in plain.text.splitlines() if line.startswith("data: {")]
+    streamed = [choice for event in events for choice in json.loads(event)["choices"]]
+    together = [token for choice in streamed for token in choice["token_ids"] or ()]
+    assert together == answer.json()["choices"][0]["token_ids"]
     refused = ask(lower, repetition_penalty=1.3)
     assert refused.status_code == 400
     assert "repetition_penalty" in refused.text
+    for fields in ({"logprobs": 0}, {"logprob_token_ids": [3]}):
+        assert ask(lower, **fields).status_code == 400, fields
     assert ask(lower, vllm_xargs={"cloud_mode": "never"}).status_code == 400
     alone = ask(lower, repetition_penalty=1.3, vllm_xargs={"cloud_mode": "standalone"})
     assert origins(alone) == {"edge": 16}
@@ -102,8 +111,8 @@ def check_answers(lower: httpx.Client, upper: httpx.Client, whole: Path) -> None
     by_origin = sum((Counter(origins(each)) for each in (answer, mixed, alone)), Counter())
     for origin, count in by_origin.items():
         told = [sample(each, "edge_tokens_total", origin=origin) for each in (before, below)]
-        assert told[1] - told[0] == count
-    assert by_origin["cloud"] == sample(above, "cloud_tokens_total")
+        assert told[1] - told[0] == count + (len(together) if origin == "cloud" else 0)
+    assert by_origin["cloud"] + len(together) == sample(above, "cloud_tokens_total")
     for there, here in (("up", "in"), ("down", "out")):
         sent = sample(below, "edge_bytes_total", direction=there)
         assert sent == sample(above, "cloud_bytes_total", direction=here) > 0

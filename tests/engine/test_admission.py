@@ -217,7 +217,7 @@ def test_parts_of_split_models_are_refused(tiny, monkeypatch, efficiency, option
         ("http://host:80o1", "", "80o1"),
         ("https://", "", "no host"),
         ("host:8001", "", "http"),
-        ("http://host", "k\xe9y", "ascii"),
+        ("http://host", "k\xe9y", "API key"),
     ],
 )
 def test_an_address_that_is_none_is_refused(tiny, monkeypatch, mode, url, key, named):

@@ -23,6 +23,7 @@ from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.edge_cloud import link as module
 from vllm_effplugin.techniques.edge_cloud.link import Link, LinkSettings, Outcome
 from vllm_effplugin.techniques.edge_cloud.service import CloudService
+from vllm_effplugin.techniques.edge_cloud.wire import read_frames
 
 PATIENCE = 10.0
 
@@ -326,6 +327,39 @@ def test_a_long_upload_goes_in_messages_that_the_cloud_takes() -> None:
         assert service(server).contexts.totals["received"] == many
 
 
+def test_long_uploads_do_not_queue_up_before_the_link() -> None:
+    app = cloud()
+    going, most = 0, 0
+
+    @app.middleware("http")
+    async def count(request: Request, go_on: Any) -> Any:
+        nonlocal going, most
+        size = int(request.headers.get("content-length", 0))
+        going += size
+        most = max(most, going)
+        await asyncio.sleep(0.05)
+        going -= size
+        return await go_on(request)
+
+    with linked(server := Server(app), deadline_s=20.0) as link:
+        service(server).engine.most_blocks = service(server).engine.most_streams = 1 << 20
+        long = (1 << 20) // (4 * SIZE)
+        names = [f"r{n}" for n in range(6)]
+        for name in names:
+            link.add(name, 0, np.arange(long, dtype=np.float32)[:, None].repeat(SIZE, 1))
+            link.ask(name, long - 1, {})
+        link.flush()
+        assert {each.token for each in outcomes(link, 6)} == {long - 1}
+        assert (1 << 20) < most < (2 << 20) + (1 << 18)
+        assert (link.totals["uploaded"], link.totals["repeated"]) == (6 * long, 0)
+        # What is short does not wait for what is long.
+        upload(link, 0, 5 * long, "long")
+        question(link, 5 * long - 1, "long")
+        upload(link, 0, 5, "short")
+        question(link, 4, "short")
+        assert [each.request for each in outcomes(link, 2)] == ["short", "long"]
+
+
 def test_an_upload_that_takes_long_is_no_lost_link() -> None:
     """A message may take longer than an answer."""
     app = cloud()
@@ -348,7 +382,7 @@ def test_an_upload_that_takes_long_is_no_lost_link() -> None:
         assert answer(link, many - 1).reason == "deadline"
         until(lambda: service(server).contexts.totals["received"] == many)
         assert time.monotonic() - began > 1.0
-        assert (link.state, link.totals["failures"]) == ("up", 0)
+        assert (link.state, link.totals["failures"], link.totals["repeated"]) == ("up", 0, 0)
         upload(link, many, many + 1)
         assert answer(link, many).token == many
 
@@ -373,11 +407,112 @@ def test_a_slow_answer_is_no_lost_link(monkeypatch: pytest.MonkeyPatch) -> None:
         assert link.up
 
 
+def test_a_session_that_ends_while_it_opens_is_closed_all_the_same() -> None:
+    app = cloud()
+    came = 0
+
+    @app.middleware("http")
+    async def delay(request: Request, go_on: Any) -> Any:
+        nonlocal came
+        if request.method == "POST":
+            came += 1
+            if came == 1:
+                await asyncio.sleep(0.4)
+        return await go_on(request)
+
+    with linked(server := Server(app)) as link:
+        upload(link, 0, 6)
+        until(lambda: came == 1)
+        link.close("r")
+        upload(link, 0, 3, "s")  # another message, which arrives before
+        question(link, 2, "s")
+        assert outcomes(link)[0].token == 2
+        until(lambda: service(server).contexts.totals["closed"] == 1)
+        assert len(service(server).contexts) == 1
+
+
+def test_a_session_that_ends_while_the_link_is_down_is_closed_later() -> None:
+    with linked(server := Server(cloud())) as link:
+        upload(link, 0, 6)
+        assert answer(link, 5).token == 5
+        server.stop()
+        upload(link, 6, 7)
+        assert answer(link, 6).reason == "link"
+        link.close("r")
+        link.flush()
+        server.start()
+        until(lambda: service(server).contexts.totals["closed"] == 1)
+        assert not len(service(server).contexts)
+
+
+def test_a_long_session_goes_up_again_without_being_asked_for() -> None:
+    """To a cloud that starts afresh, so that the next question finds it there."""
+    with linked(server := Server(cloud(ahead=10))) as link:
+        upload(link, 0, 30)
+        assert answer(link, 29).token == 29
+        server.stop()
+        upload(link, 30, 31)
+        assert answer(link, 30).reason == "link"
+        server.app = cloud(ahead=10)
+        server.start()
+        until(lambda: service(server).contexts.totals["received"] == 31)
+        assert answer(link, 30).token == 30
+
+
+def test_a_late_refusal_is_not_about_the_next_question() -> None:
+    app = cloud()
+    app.state.effplugin_cloud.engine = slow = Slow()
+    with linked(Server(app), deadline_s=1.0) as link:
+        slow.seconds, slow.breaks = 1.2, True
+        upload(link, 0, 6)
+        assert answer(link, 5).reason == "deadline"
+        upload(link, 6, 7)
+        question(link, 6)
+        time.sleep(0.5)  # the refusal has come
+        slow.seconds, slow.breaks = 0.0, False
+        [found] = outcomes(link)
+        assert (found.position, found.reason) != (6, "engine")
+
+
+def test_what_failed_while_turned_away_is_sent_again(caplog: pytest.LogCaptureFixture) -> None:
+    app = cloud()
+    came = 0
+
+    @app.middleware("http")
+    async def odd(request: Request, go_on: Any) -> Any:
+        nonlocal came
+        if request.method != "POST":
+            return await go_on(request)
+        came += 1
+        number = came
+        await request.body()
+        if number == 1:
+            await asyncio.sleep(0.8)
+            return Response(status_code=502)
+        if number == 2:  # another model's, for a moment
+            made = app.state.effplugin_cloud
+            frames = read_frames(await request.body(), SIZE, 1 << 20)
+            told = made._refused(frames[0], "model", "another")
+            return Response(told.pack())
+        return await go_on(request)
+
+    with linked(Server(app)) as link:
+        upload(link, 0, 6)
+        until(lambda: came == 1)
+        upload(link, 0, 3, "s")
+        question(link, 2, "s")
+        assert outcomes(link)[0].reason == "model"
+        until(lambda: link.up and link.totals["failures"] == 1)
+        assert "turned this edge away: another" in caplog.text
+        assert answer(link, 5).token == 5
+
+
 def test_what_cannot_be_a_connection_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     for url, key, named in (
         ("http://host:80o1", "", "80o1"),
         ("https://", "", "no host"),
-        ("http://host", "k\xe9y", "ascii"),
+        ("http://host", "k\xe9y", "API key"),
+        ("http://host", "key\n", "API key"),
     ):
         settings = LinkSettings(url=url, key=key, model="m", hidden_size=SIZE)
         with pytest.raises(ConfigError, match=named):

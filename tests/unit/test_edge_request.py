@@ -11,6 +11,7 @@ from vllm_effplugin.errors import ConfigError
 from vllm_effplugin.techniques.edge_cloud.request import check_sampling
 
 
+@pytest.mark.refuses("edge", "structured output")
 @pytest.mark.parametrize(
     "wanted",
     [

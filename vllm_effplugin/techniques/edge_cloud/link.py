@@ -115,6 +115,8 @@ def cloud_client(url: str, key: str, deadline_s: float) -> httpx.AsyncClient:
             raise ValueError("it begins with neither http:// nor https://")
         if not httpx.URL(url).host:
             raise ValueError("it names no host")
+        if key != key.strip() or not (key.isascii() and key.isprintable()):
+            raise ValueError("its API key has blanks around it, or what no header can say")
         return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout)
     except (httpx.InvalidURL, ValueError, ImportError) as error:
         raise ConfigError(f"the cloud at {url!r} cannot be spoken to: {error}") from None
@@ -223,7 +225,11 @@ class Link:
         self._by_session: dict[bytes, str] = {}
         self._closed: list[bytes] = []
         self._heard = 0.0
+        # Of messages on their way that are longer than a piece: bytes, and when one was last taken.
+        self._uploads: dict[int, int] = {}
         self._sending: dict[int, float] = {}
+        self._after: dict[int, list[bytes]] = {}
+        """Sessions to close once a message is done, which might else open them again."""
         self._in_flight = 0
         self._messages = 0
         self._times_up = 0
@@ -376,10 +382,14 @@ class Link:
             talk.chunks.append(append_frame(talk.session, position + first, part, self._encoding))
 
     def _leave(self, talk: _Talk) -> None:
-        """The cloud may forget a session."""
-        if talk.opened and self.up:
+        """The cloud may forget a session, if it ever heard of it."""
+        if not talk.told:
+            return
+        talk.told = 0
+        if talk.unheard is None:
             self._closed.append(talk.session)
-        talk.opened = False
+        else:
+            self._after.setdefault(talk.unheard, []).append(talk.session)
 
     def _talk(self, request: str) -> _Talk:
         talk = self._talks.get(request)
@@ -405,21 +415,23 @@ class Link:
         frames: list[Frame] = []
         size = ROOM_BYTES
         number = self._messages + 1
+        # Of long uploads one message's worth at a time: more would only queue up before the link.
+        room = max(self._most_bytes - sum(self._uploads.values()), ROOM_BYTES + PIECE_BYTES)
         talks = sorted(self._talks.values(), key=_asks_now, reverse=True)
         for talk in talks:
             if talk.unheard is not None or talk.refused:
                 continue
             if not _asks_now(talk) and talk.next_chunk == len(talk.chunks):
                 continue
-            if size + _next_bytes(talk) > self._most_bytes:
-                break  # a message of its own, later
+            if size + _next_bytes(talk) > room:
+                continue  # later
             talk.unheard = number
             if not talk.opened:
                 talk.opened = True
                 content = {"model": self.settings.model}
                 frames.append(json_frame(Kind.OPEN, talk.session, content))
             for chunk in talk.chunks[talk.next_chunk :]:
-                if size + chunk.size > self._most_bytes:
+                if size + chunk.size > room:
                     break
                 frames.append(chunk)
                 size += chunk.size
@@ -437,6 +449,8 @@ class Link:
         frames += [Frame(Kind.CLOSE, session) for session in self._closed[:MOST_CLOSED]]
         del self._closed[:MOST_CLOSED]
         self._messages += bool(frames)
+        if size > ROOM_BYTES + PIECE_BYTES:
+            self._uploads[number] = size
         return frames
 
     async def _exchange(self, client: httpx.AsyncClient, frames: list[Frame], number: int) -> None:
@@ -450,7 +464,7 @@ class Link:
             async with client.stream(
                 "POST", f"{PATH}/exchange", content=self._pieces(message, number), headers=headers
             ) as response:
-                self._sending.pop(number, None)
+                self._arrived(number)
                 if response.status_code != 200:
                     await response.aread()
                     raise httpx.HTTPStatusError(
@@ -467,14 +481,21 @@ class Link:
             self._unanswered(frames, number)
         except (httpx.HTTPError, WireError) as error:
             self.totals.add("failures", 1)
-            if isinstance(error, httpx.ReadTimeout) and self._heard > began:
-                self._unanswered(frames, number, lost=True)  # slow, but there
-            elif times_up == self._times_up:  # else of a time before the link was lost
+            self._closed += [frame.session for frame in frames if frame.kind is Kind.CLOSE]
+            slow = isinstance(error, httpx.TimeoutException) and self._heard > began
+            if slow or times_up < self._times_up:  # or of a time before the link was lost
+                self._unanswered(frames, number, lost=True)
+            else:
                 self._go_down(f"{type(error).__name__}: {error}")
         finally:
-            self._sending.pop(number, None)
+            self._arrived(number)
+            self._closed += self._after.pop(number, ())
             self._in_flight -= 1
             self._wake.set()
+
+    def _arrived(self, number: int) -> None:
+        self._uploads.pop(number, None)
+        self._sending.pop(number, None)
 
     async def _pieces(self, message: bytes, number: int) -> AsyncIterator[bytes]:
         """A body in pieces, so that a timeout is about one of them, and progress can be seen."""
@@ -507,6 +528,8 @@ class Link:
         if request is None:
             return
         talk = self._talks[request]
+        # Whether it is about the last that was sent; a late refusal may be about an older question.
+        last = talk.unheard == number or (talk.asked_in == number and not talk.unsent)
         if talk.unheard == number:
             talk.unheard = None
             self._wake.set()
@@ -528,12 +551,17 @@ class Link:
             code = str(said.get("code", "error"))
             if code == "model":
                 self._turned_away(str(said.get("message")))
-            if code == "too_long":  # and gets no shorter
+            elif code == "too_long":  # and gets no shorter
                 talk.over = code
                 talk.chunks.clear()
                 talk.next_chunk = 0
                 self._leave(talk)
-            talk.refused = True
+            elif not last:
+                return
+            if code == "gap":  # what it holds it says next
+                talk.rewind(talk.held)
+            else:
+                talk.refused = True
             self._end(request, talk, code)
 
     def _end(self, request: str, talk: _Talk, reason: str) -> None:
