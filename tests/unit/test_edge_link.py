@@ -66,6 +66,20 @@ def shrink(app: FastAPI, **limits: int) -> None:
     made.limits = made.limits.model_copy(update=limits)
 
 
+def delay(app: FastAPI, seconds: Callable[[int], float]) -> list[int]:
+    """Hold messages up; their numbers, from 1 on, as they come."""
+    came: list[int] = []
+
+    @app.middleware("http")
+    async def held_up(request: Request, go_on: Any) -> Any:
+        if request.method == "POST":
+            came.append(len(came) + 1)
+            await asyncio.sleep(seconds(came[-1]))
+        return await go_on(request)
+
+    return came
+
+
 class Slow(FakeEngine):
     """Takes its time."""
 
@@ -177,19 +191,10 @@ def test_many_requests_share_messages() -> None:
 def test_messages_do_not_overtake_each_other() -> None:
     """What comes first may take longest: a prompt, before the question behind it."""
     app = cloud()
-    came = 0
-
-    @app.middleware("http")
-    async def delay(request: Request, go_on: Any) -> Any:
-        nonlocal came
-        if request.method == "POST":
-            came += 1
-            await asyncio.sleep(0.3 / came)
-        return await go_on(request)
-
+    came = delay(app, lambda number: 0.3 / number)
     with linked(server := Server(app)) as link:
         upload(link, 0, 6)
-        until(lambda: came == 1)
+        until(lambda: came == [1])
         upload(link, 6, 7)
         found = answer(link, 6)
         assert (found.token, found.reason) == (6, "cloud")
@@ -409,20 +414,10 @@ def test_a_slow_answer_is_no_lost_link(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_session_that_ends_while_it_opens_is_closed_all_the_same() -> None:
     app = cloud()
-    came = 0
-
-    @app.middleware("http")
-    async def delay(request: Request, go_on: Any) -> Any:
-        nonlocal came
-        if request.method == "POST":
-            came += 1
-            if came == 1:
-                await asyncio.sleep(0.4)
-        return await go_on(request)
-
+    came = delay(app, lambda number: 0.4 if number == 1 else 0.0)
     with linked(server := Server(app)) as link:
         upload(link, 0, 6)
-        until(lambda: came == 1)
+        until(lambda: came == [1])
         link.close("r")
         upload(link, 0, 3, "s")  # another message, which arrives before
         question(link, 2, "s")
@@ -507,7 +502,7 @@ def test_what_failed_while_turned_away_is_sent_again(caplog: pytest.LogCaptureFi
         assert answer(link, 5).token == 5
 
 
-def test_what_cannot_be_a_connection_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_a_connection_is_refused_at_start() -> None:
     for url, key, named in (
         ("http://host:80o1", "", "80o1"),
         ("https://", "", "no host"),

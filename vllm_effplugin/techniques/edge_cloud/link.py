@@ -194,6 +194,19 @@ def _asks_now(talk: _Talk) -> bool:
     return talk.unsent or talk.next_chunk < len(talk.chunks)
 
 
+@dataclass(eq=False)
+class _Upload:
+    """A message on its way that is longer than a piece.
+
+    Attributes:
+        size: its bytes.
+        taken: when one of its pieces was taken last.
+    """
+
+    size: int
+    taken: float = -math.inf
+
+
 def _next_bytes(talk: _Talk) -> int:
     """Of what has to be sent of a request at least, if anything is."""
     return talk.chunks[talk.next_chunk].size if talk.next_chunk < len(talk.chunks) else 0
@@ -225,9 +238,7 @@ class Link:
         self._by_session: dict[bytes, str] = {}
         self._closed: list[bytes] = []
         self._heard = 0.0
-        # Of messages on their way that are longer than a piece: bytes, and when one was last taken.
-        self._uploads: dict[int, int] = {}
-        self._sending: dict[int, float] = {}
+        self._uploads: dict[int, _Upload] = {}
         self._after: dict[int, list[bytes]] = {}
         """Sessions to close once a message is done, which might else open them again."""
         self._in_flight = 0
@@ -360,8 +371,8 @@ class Link:
                     if known is not None and known.asks(position):
                         known.question = None
                     # Silence, not slowness, unless an upload is still on its way.
-                    sent = max(self._sending.values(), default=-math.inf)
-                    uploading = time.monotonic() < sent + CONNECT_S
+                    since = time.monotonic() - CONNECT_S
+                    uploading = any(upload.taken > since for upload in self._uploads.values())
                     if self._heard < began and self.up and not uploading:
                         self._go_down("deadline")
                 case ("close", request):
@@ -416,7 +427,8 @@ class Link:
         size = ROOM_BYTES
         number = self._messages + 1
         # Of long uploads one message's worth at a time: more would only queue up before the link.
-        room = max(self._most_bytes - sum(self._uploads.values()), ROOM_BYTES + PIECE_BYTES)
+        on_the_way = sum(upload.size for upload in self._uploads.values())
+        room = max(self._most_bytes - on_the_way, ROOM_BYTES + PIECE_BYTES)
         talks = sorted(self._talks.values(), key=_asks_now, reverse=True)
         for talk in talks:
             if talk.unheard is not None or talk.refused:
@@ -450,7 +462,7 @@ class Link:
         del self._closed[:MOST_CLOSED]
         self._messages += bool(frames)
         if size > ROOM_BYTES + PIECE_BYTES:
-            self._uploads[number] = size
+            self._uploads[number] = _Upload(size)
         return frames
 
     async def _exchange(self, client: httpx.AsyncClient, frames: list[Frame], number: int) -> None:
@@ -464,7 +476,7 @@ class Link:
             async with client.stream(
                 "POST", f"{PATH}/exchange", content=self._pieces(message, number), headers=headers
             ) as response:
-                self._arrived(number)
+                self._uploads.pop(number, None)
                 if response.status_code != 200:
                     await response.aread()
                     raise httpx.HTTPStatusError(
@@ -488,21 +500,17 @@ class Link:
             else:
                 self._go_down(f"{type(error).__name__}: {error}")
         finally:
-            self._arrived(number)
+            self._uploads.pop(number, None)
             self._closed += self._after.pop(number, ())
             self._in_flight -= 1
             self._wake.set()
-
-    def _arrived(self, number: int) -> None:
-        self._uploads.pop(number, None)
-        self._sending.pop(number, None)
 
     async def _pieces(self, message: bytes, number: int) -> AsyncIterator[bytes]:
         """A body in pieces, so that a timeout is about one of them, and progress can be seen."""
         for first in range(0, len(message), PIECE_BYTES):
             yield message[first : first + PIECE_BYTES]
-            if len(message) > PIECE_BYTES:
-                self._sending[number] = time.monotonic()
+            if number in self._uploads:
+                self._uploads[number].taken = time.monotonic()
 
     def _unanswered(self, frames: list[Frame], number: int, *, lost: bool = False) -> None:
         """No more replies come to a message.

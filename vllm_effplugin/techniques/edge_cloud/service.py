@@ -257,7 +257,7 @@ class CloudService:
                 await asyncio.wait_for(part.arrived.wait(), max(0.0, left))
             except TimeoutError:
                 return False
-        return not context.closed
+        return True
 
     async def _compute(
         self, context: Context, part: _Part, position: int, sampling: Sampling
